@@ -1,0 +1,119 @@
+"""Log-probs of given tokens from hidden states, without a matrix of all logits.
+
+    token_logprobs(hidden, weight, targets) == log_softmax(hidden @ weight.T, -1)[range(N), targets]
+
+`naive` is that line and the truth; `chunked` is the same function at bounded memory on any device.
+This package knows no loss and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+from torch import Tensor
+
+from dpo_kit.logprob.chunked import chunked_token_logprobs
+from dpo_kit.logprob.naive import EXTRAS, naive_token_logprobs
+
+__all__ = ["EXTRAS", "chunked_token_logprobs", "naive_token_logprobs", "token_logprobs"]
+
+_IMPLEMENTATIONS = {"naive": naive_token_logprobs, "chunked": chunked_token_logprobs}
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    scale: float = ...,
+    extras: tuple[()] = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    scale: float = ...,
+    extras: Sequence[str],
+    impl: str = ...,
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    extras: Sequence[str] = (),
+    impl: Literal["auto", "naive", "chunked"] | str = "auto",
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of `targets` under the softmax of a linear head.
+
+    The logits are `z = scale * (hidden @ weight.T + bias)`, and `softcap * tanh(z / softcap)` where
+    a soft cap is given (Gemma 2, arXiv 2408.00118, section 2).
+
+    Args:
+        hidden: [N, H] hidden states, floating point; N may be 0.
+        weight: [V, H] the head's matrix.
+        targets: [N] token ids, integer, 0 <= id < V.
+        bias: [V] or None.
+        softcap: positive, or None.
+        scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+        extras: statistics of each distribution to return beside the log-probs, without gradient:
+            "entropy" (nats).
+        impl: "naive", "chunked", or "auto", which picks the fastest for the device.
+
+    Returns:
+        [N] log-probs in nats, fp32 (fp64 for fp64 input); with `extras` also a dict of [N] tensors.
+        Gradients flow to hidden, weight and bias, and are computed only for those that ask.
+
+    Raises:
+        ValueError: shapes that do not fit, a target outside the vocabulary, unknown extras or impl.
+    """
+    _check(hidden, weight, targets, bias, softcap, extras)
+    name = "chunked" if impl == "auto" else impl
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"unknown impl '{impl}'; known: auto, {', '.join(_IMPLEMENTATIONS)}")
+    logps, statistics = _IMPLEMENTATIONS[name](
+        hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, extras=tuple(extras)
+    )
+    return (logps, statistics) if extras else logps
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    extras: Sequence[str],
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(f"expected hidden [N, H] and weight [V, H], got {shapes}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"expected targets [{hidden.shape[0]}], got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if unknown := set(extras) - set(EXTRAS):
+        raise ValueError(f"unknown extras {sorted(unknown)}; known: {', '.join(EXTRAS)}")
+    # On an accelerator the look at the values would wait for the device; its own index check will do.
+    if targets.device.type == "cpu" and len(targets):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(f"targets must lie in 0 .. {weight.shape[0] - 1}, got {low} .. {high}")

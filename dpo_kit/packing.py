@@ -1,0 +1,258 @@
+"""Pairs -> steps -> micro-batches: what one forward pass computes, and who owns its predictions.
+
+A step is a list of pairs; it is cut into micro-batches under a token budget. The cut changes memory
+and speed and nothing else: the loss weighs each pair by its share of the step.
+
+A micro-batch is either one packed token tree (`pack_tree`) or separate padded sequences
+(`pack_padded`, for models that the tree cannot serve). Both say in the same terms which hidden
+states predict which tokens, so that nothing behind them knows the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_kit.attention import TreeAttentionPlan, plan_tree_attention
+from dpo_kit.tree import IntArray, build_tree, common_prefix_length, lexicographic_order
+
+Layout = Literal["tree", "padded"]
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """One preference pair as token ids; `rejected` is None where the loss has no use for it."""
+
+    prompt: IntArray
+    chosen: IntArray
+    rejected: IntArray | None
+    weight: float = 1.0
+    margin: float = 0.0
+    source: str = ""
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], *, with_rejected: bool = True) -> PairTokens:
+        """From a row of the tokenised data set: prompt_ids, chosen_ids, rejected_ids, weight, ..."""
+        ids = [np.asarray(row[f"{name}_ids"], np.int64) for name in ("prompt", "chosen")]
+        return cls(
+            *ids,
+            rejected=np.asarray(row["rejected_ids"], np.int64) if with_rejected else None,
+            weight=_number(row.get("weight"), 1.0),
+            margin=_number(row.get("margin"), 0.0),
+            source=str(row.get("source") or ""),
+        )
+
+    @property
+    def replies(self) -> list[IntArray]:
+        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+
+
+def _number(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass computes, and how its predictions make up the sequences.
+
+    Sequences are numbered: the chosen reply of pair p is sequence p; its rejected reply, where there
+    is one, sequence P + p. A prediction may belong to several sequences, one entry for each.
+
+    Attributes:
+        input_ids: [rows, length] (a tree is one row).
+        position_ids: [rows, length].
+        attention_mask: [rows, length] 1 for tokens and 0 for padding; None for a tree.
+        tree: the attention plan of a tree; None for padded sequences.
+        prediction_rows: [N] place, in the flattened rows x length, of the hidden state that predicts.
+        prediction_targets: [N] the token it predicts.
+        entry_prediction: [M] the prediction of each entry, ordered by sequence and place in it.
+        entry_sequence: [M] the sequence that owns it.
+        lengths: [S] number of entries of each sequence: the completion's tokens.
+        weights: [P] weight of each pair.
+        margins: [P] the data's score difference of each pair, 0 where it has none.
+        sources: P places in the data, for messages.
+        num_tokens: tokens computed, without padding.
+        num_separate_tokens: tokens of the same sequences kept apart.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    tree: TreeAttentionPlan | None
+    prediction_rows: Tensor
+    prediction_targets: Tensor
+    entry_prediction: Tensor
+    entry_sequence: Tensor
+    lengths: Tensor
+    weights: Tensor
+    margins: Tensor
+    sources: list[str]
+    num_tokens: int
+    num_separate_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.sources)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str, **_: Any) -> MicroBatch:
+        """The same micro-batch on another device."""
+        moved = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        moved["tree"] = None if self.tree is None else self.tree.to(device)
+        return replace(self, **moved)
+
+
+def sequences_of(pairs: Sequence[PairTokens]) -> tuple[list[IntArray], list[int]]:
+    """The token sequences of pairs, chosen first and then rejected, and where each completion begins."""
+    chosen = [(p.prompt, p.chosen) for p in pairs]
+    rejected = [(p.prompt, p.rejected) for p in pairs if p.rejected is not None]
+    if rejected and len(rejected) != len(pairs):
+        raise ValueError("either all pairs of a micro-batch have a rejected reply or none has")
+    parts = chosen + rejected
+    for prompt, reply in parts:
+        if not len(prompt) or not len(reply):
+            raise ValueError("a prompt and a reply need at least one token each")
+    return [np.concatenate(part) for part in parts], [len(prompt) for prompt, _ in parts]
+
+
+def pack_tree(pairs: Sequence[PairTokens]) -> MicroBatch:
+    """Put the sequences of pairs into one token tree."""
+    sequences, starts = sequences_of(pairs)
+    tree = build_tree(sequences)
+    owned = [rows[start:] for rows, start in zip(tree.sequence_rows, starts, strict=True)]
+    return _micro_batch(
+        pairs,
+        sequences,
+        owned,
+        tokens=tree.tokens,
+        parents=tree.parents,
+        input_ids=torch.from_numpy(tree.tokens)[None],
+        position_ids=torch.from_numpy(tree.positions)[None],
+        attention_mask=None,
+        tree=plan_tree_attention(tree),
+        num_tokens=len(tree),
+    )
+
+
+def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatch:
+    """Lay the sequences of pairs one under the other, padded on the right."""
+    sequences, starts = sequences_of(pairs)
+    length = max(map(len, sequences))
+    input_ids = np.full((len(sequences), length), pad_token_id, np.int64)
+    mask = np.zeros_like(input_ids)
+    owned = []
+    for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        input_ids[i, : len(sequence)] = sequence
+        mask[i, : len(sequence)] = 1
+        owned.append(np.arange(start, len(sequence)) + i * length)
+    return _micro_batch(
+        pairs,
+        sequences,
+        owned,
+        tokens=input_ids.reshape(-1),
+        parents=np.arange(input_ids.size) - 1,
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.arange(length).expand(len(sequences), length),
+        attention_mask=torch.from_numpy(mask),
+        tree=None,
+        num_tokens=int(mask.sum()),
+    )
+
+
+def _micro_batch(
+    pairs: Sequence[PairTokens],
+    sequences: list[IntArray],
+    owned: list[IntArray],
+    *,
+    tokens: IntArray,
+    parents: IntArray,
+    **layout: Any,
+) -> MicroBatch:
+    """Predictions and their owners: `owned` holds, per sequence, the places of its completion's tokens."""
+    entries = np.concatenate(owned)
+    predicted, entry_prediction = np.unique(entries, return_inverse=True)
+    lengths = np.array([len(rows) for rows in owned])
+    return MicroBatch(
+        prediction_rows=torch.from_numpy(parents[predicted]),
+        prediction_targets=torch.from_numpy(tokens[predicted]),
+        entry_prediction=torch.from_numpy(entry_prediction),
+        entry_sequence=torch.from_numpy(np.repeat(np.arange(len(owned)), lengths)),
+        lengths=torch.from_numpy(lengths),
+        weights=torch.tensor([p.weight for p in pairs], dtype=torch.float32),
+        margins=torch.tensor([p.margin for p in pairs], dtype=torch.float32),
+        sources=[p.source for p in pairs],
+        num_separate_tokens=sum(map(len, sequences)),
+        **layout,
+    )
+
+
+def cut_step(pairs: Sequence[PairTokens], token_budget: int, layout: Layout = "tree") -> list[list[int]]:
+    """Cut a step into micro-batches of at most `token_budget` tokens, as indices into `pairs`.
+
+    Pairs that begin alike are put side by side, so that they meet in one tree. A pair that is larger
+    than the budget has a micro-batch of its own. The budget counts an upper bound of the tree's
+    tokens, or the padded area.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
+    sequences = [np.concatenate([p.prompt, p.chosen]) for p in pairs]
+    if layout == "tree":
+        order = lexicographic_order(sequences)
+    else:
+        order = sorted(range(len(pairs)), key=lambda i: _longest(pairs[i]))
+    cuts: list[list[int]] = []
+    used = 0
+    for place, index in enumerate(order):
+        pair = pairs[index]
+        if layout == "tree":
+            shared = common_prefix_length(sequences[order[place - 1]], sequences[index]) if place else 0
+            alone = _tree_tokens(pair)
+            total = used + alone - min(shared, len(pair.prompt))
+        else:
+            # The order is by length, so the newest pair sets the padded width.
+            alone = len(pair.replies) * _longest(pair)
+            total = alone * (len(cuts[-1]) + 1 if cuts else 1)
+        if cuts and total <= token_budget:
+            cuts[-1].append(index)
+            used = total
+        else:
+            cuts.append([index])
+            used = alone
+    return cuts
+
+
+def _longest(pair: PairTokens) -> int:
+    return len(pair.prompt) + max(map(len, pair.replies))
+
+
+def _tree_tokens(pair: PairTokens) -> int:
+    if pair.rejected is None:
+        return len(pair.prompt) + len(pair.chosen)
+    shared = common_prefix_length(pair.chosen, pair.rejected)
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
+
+
+def plan_step(
+    pairs: Sequence[PairTokens],
+    token_budget: int,
+    layout: Layout = "tree",
+    pad_token_id: int = 0,
+) -> list[MicroBatch]:
+    """A step's pairs as micro-batches; every pair is in exactly one."""
+    batches: Iterable[list[PairTokens]] = (
+        [pairs[i] for i in cut] for cut in cut_step(pairs, token_budget, layout)
+    )
+    if layout == "tree":
+        return [pack_tree(batch) for batch in batches]
+    return [pack_padded(batch, pad_token_id) for batch in batches]
