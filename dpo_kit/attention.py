@@ -62,12 +62,10 @@ class Bucket:
 
     def to(self, device: torch.device | str) -> Bucket:
         """The same bucket on another device."""
-        moved = (t.to(device, non_blocking=True) for t in self.tensors)
-        return Bucket(*moved, plain=self.plain)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query_rows, self.key_rows, self.query_positions
+        query_rows, key_rows, query_positions = (
+            t.to(device, non_blocking=True) for t in (self.query_rows, self.key_rows, self.query_positions)
+        )
+        return Bucket(query_rows, key_rows, query_positions, self.plain)
 
 
 @dataclass
@@ -137,8 +135,9 @@ def _bucket(branches: list[Branch]) -> Bucket:
         # Padded queries repeat the last position, so that no row of the mask is empty.
         positions[i] = np.minimum(np.arange(queries) + b.depth, len(path) - 1)
     plain = len(branches) == 1 and branches[0].depth == 0
-    arrays = (torch.from_numpy(a) for a in (query_rows, key_rows, positions))
-    return Bucket(*arrays, plain=plain)
+    return Bucket(
+        torch.from_numpy(query_rows), torch.from_numpy(key_rows), torch.from_numpy(positions), plain
+    )
 
 
 def tree_attention(
@@ -179,8 +178,8 @@ def tree_attention(
     """
     if tree is None or attention_mask is not None or dropout:
         raise ValueError(
-            "tree attention needs a plan (keyword `tree`), no attention mask and no dropout; "
-            f"got tree={type(tree).__name__}, attention_mask={type(attention_mask).__name__}, dropout={dropout}"
+            "tree attention needs a plan (keyword `tree`), no attention mask and no dropout; got tree="
+            f"{type(tree).__name__}, attention_mask={type(attention_mask).__name__}, dropout={dropout}"
         )
     window = sliding_window if sliding_window is not None and tree.max_position >= sliding_window else None
     query_TF, key_TF, value_TF = (_rows(x) for x in (query, key, value))

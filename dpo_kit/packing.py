@@ -38,9 +38,9 @@ class PairTokens:
     @classmethod
     def from_row(cls, row: dict[str, Any], *, with_rejected: bool = True) -> PairTokens:
         """From a row of the tokenised data set: prompt_ids, chosen_ids, rejected_ids, weight, ..."""
-        ids = [np.asarray(row[f"{name}_ids"], np.int64) for name in ("prompt", "chosen")]
         return cls(
-            *ids,
+            prompt=np.asarray(row["prompt_ids"], np.int64),
+            chosen=np.asarray(row["chosen_ids"], np.int64),
             rejected=np.asarray(row["rejected_ids"], np.int64) if with_rejected else None,
             weight=_number(row.get("weight"), 1.0),
             margin=_number(row.get("margin"), 0.0),
@@ -66,7 +66,6 @@ class MicroBatch:
     Attributes:
         input_ids: [rows, length] (a tree is one row).
         position_ids: [rows, length].
-        attention_mask: [rows, length] 1 for tokens and 0 for padding; None for a tree.
         tree: the attention plan of a tree; None for padded sequences.
         prediction_rows: [N] place, in the flattened rows x length, of the hidden state that predicts.
         prediction_targets: [N] the token it predicts.
@@ -82,7 +81,6 @@ class MicroBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor | None
     tree: TreeAttentionPlan | None
     prediction_rows: Tensor
     prediction_targets: Tensor
@@ -105,7 +103,7 @@ class MicroBatch:
 
     def to(self, device: torch.device | str, **_: Any) -> MicroBatch:
         """The same micro-batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
@@ -139,22 +137,22 @@ def pack_tree(pairs: Sequence[PairTokens]) -> MicroBatch:
         parents=tree.parents,
         input_ids=torch.from_numpy(tree.tokens)[None],
         position_ids=torch.from_numpy(tree.positions)[None],
-        attention_mask=None,
         tree=plan_tree_attention(tree),
         num_tokens=len(tree),
     )
 
 
 def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatch:
-    """Lay the sequences of pairs one under the other, padded on the right."""
+    """Lay the sequences of pairs one under the other, padded on the right.
+
+    There is no mask: a causal model's earlier tokens do not see the padding behind them.
+    """
     sequences, starts = sequences_of(pairs)
     length = max(map(len, sequences))
     input_ids = np.full((len(sequences), length), pad_token_id, np.int64)
-    mask = np.zeros_like(input_ids)
     owned = []
     for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         input_ids[i, : len(sequence)] = sequence
-        mask[i, : len(sequence)] = 1
         owned.append(np.arange(start, len(sequence)) + i * length)
     return _micro_batch(
         pairs,
@@ -164,9 +162,8 @@ def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatc
         parents=np.arange(input_ids.size) - 1,
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.arange(length).expand(len(sequences), length),
-        attention_mask=torch.from_numpy(mask),
         tree=None,
-        num_tokens=int(mask.sum()),
+        num_tokens=sum(map(len, sequences)),
     )
 
 

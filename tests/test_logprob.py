@@ -104,7 +104,9 @@ def test_each_input_gets_a_gradient_only_when_it_asks():
 def test_gradcheck():
     hidden, weight, bias, targets, _ = make(5, 4, 7, bias=True)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: token_logprobs(h, w, targets, bias=b, softcap=2.5, scale=1.5), (hidden, weight, bias)
+        lambda h, w, b: token_logprobs(h, w, targets, bias=b, softcap=2.5, scale=1.5),
+        (hidden, weight, bias),
+        nondet_tol=1e-12,  # the second pass computes again what the first one had kept
     )
 
 

@@ -9,7 +9,7 @@ This package knows no loss and no model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any
 
 from torch import Tensor
 
@@ -21,34 +21,6 @@ __all__ = ["EXTRAS", "chunked_token_logprobs", "naive_token_logprobs", "token_lo
 _IMPLEMENTATIONS = {"naive": naive_token_logprobs, "chunked": chunked_token_logprobs}
 
 
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    scale: float = ...,
-    extras: tuple[()] = ...,
-    impl: str = ...,
-) -> Tensor: ...
-
-
-@overload
-def token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
-    scale: float = ...,
-    extras: Sequence[str],
-    impl: str = ...,
-) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -58,8 +30,8 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
     extras: Sequence[str] = (),
-    impl: Literal["auto", "naive", "chunked"] | str = "auto",
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    impl: str = "auto",
+) -> Any:
     """Log-probs of `targets` under the softmax of a linear head.
 
     The logits are `z = scale * (hidden @ weight.T + bias)`, and `softcap * tanh(z / softcap)` where

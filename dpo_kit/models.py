@@ -1,0 +1,214 @@
+"""Causal language models: loading them, their output head, and whether the token tree can serve them.
+
+What differs between model families and matters here stands in this file and nowhere else: how the
+logits are scaled or capped, and what makes a model unfit for tree rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dpo_kit.attention import TREE_ATTENTION
+from dpo_kit.errors import InputError
+
+# Where a model remembers the attention functions that it had before the tree's.
+_BEFORE = "_attention_before_tree"
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a causal LM: logits = cap(scale * (hidden @ weight.T + bias)).
+
+    Attributes:
+        module: the layer that the model's own forward calls.
+        scale: factor on the logits.
+        softcap: the cap of softcap * tanh(logits / softcap), or None.
+    """
+
+    module: nn.Module
+    scale: float
+    softcap: float | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel and compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def output_head(model: nn.Module) -> Head:
+    """The head of a causal LM, with what the family does to its logits.
+
+    Raises:
+        InputError: the model has no output embeddings, or they are no plain matrix.
+    """
+    inner: Any = unwrap(model)
+    module = inner.get_output_embeddings()
+    if module is None or not hasattr(module, "weight") or module.weight.ndim != 2:
+        raise InputError(
+            f"{type(inner).__name__} has no output head with a weight matrix",
+            field="model.path",
+            mend="Give a causal language model (AutoModelForCausalLM).",
+        )
+    config = inner.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return Head(module, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def load_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a folder or hub id, or from fields (`{"model_type": "llama", ...}`)."""
+    if isinstance(source, dict):
+        fields = dict(source)
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise InputError(
+                "no model_type", field="model.config", mend="Say which family, e.g. model_type: llama."
+            )
+        try:
+            return AutoConfig.for_model(model_type, **fields)
+        except Exception as error:
+            raise InputError(f"not a configuration of transformers: {error}", field="model.config") from error
+    _check_folder(source)
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(_first_line(error), file=source, field="model.path") from error
+
+
+def load_model(
+    source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """A causal LM with the weights of a folder or hub id, or random ones from a configuration's fields.
+
+    Args:
+        source: folder, hub id, or configuration fields with `model_type`.
+        dtype: dtype of the weights.
+        seed: for random weights; the global generator is left as it was.
+
+    Raises:
+        InputError: no such folder, no configuration, no safetensors weights, or not a causal LM.
+    """
+    config = load_config(source)
+    if isinstance(source, dict):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+        raise InputError(
+            "the model folder has no weights (*.safetensors)",
+            file=folder,
+            field="model.path",
+            mend="Save the model with save_pretrained(); pickled weights (*.bin, *.pt) are never loaded.",
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(_first_line(error), file=source, field="model.path") from error
+
+
+def _check_folder(source: str | Path) -> None:
+    """A path that looks local and is not there is a typing error, not a hub id."""
+    text = str(source)
+    looks_local = text.startswith((".", "/", "~")) or text.count("/") > 1
+    if looks_local and not Path(text).is_dir():
+        raise InputError("no such model folder", file=text, field="model.path", mend="Correct the path.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def disable_dropout(model: nn.Module) -> bool:
+    """Turn every dropout of a model off, in place; True where there was one.
+
+    Rows that several sequences share would get one draw for all of them, and the reference's
+    log-probs would not be the policy's.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            found, module.p = found or module.p > 0, 0.0
+        for name, value in vars(module).items():
+            # Attention layers hand a plain number to their attention function.
+            if name.endswith(("dropout", "dropout_p")) and isinstance(value, float) and value > 0:
+                found = True
+                setattr(module, name, 0.0)
+    return found
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Every distinct configuration that a layer of the model reads its attention function from."""
+    found: dict[int, PretrainedConfig] = {}
+    for module in unwrap(model).modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            found[id(config)] = config
+            text = config.get_text_config()
+            found[id(text)] = text
+    return list(found.values())
+
+
+def use_tree_attention(model: nn.Module) -> None:
+    """Make a model read token trees: from now on it must be called with `tree=`. See `plain_attention`."""
+    inner = unwrap(model)
+    configs = _configs(inner)
+    if any(config._attn_implementation != TREE_ATTENTION for config in configs):
+        vars(inner)[_BEFORE] = [config._attn_implementation for config in configs]
+    # Not set_attn_implementation(): it asks the hub for names that it does not know.
+    for config in configs:
+        config._attn_implementation = TREE_ATTENTION
+
+
+def use_plain_attention(model: nn.Module) -> None:
+    """Undo `use_tree_attention`; nothing to do for a model that has not got it."""
+    inner = unwrap(model)
+    before = vars(inner).pop(_BEFORE, None)
+    for config, name in zip(_configs(inner), before or (), strict=bool(before)):
+        config._attn_implementation = name
+
+
+def has_tree_attention(model: nn.Module) -> bool:
+    """Whether a model reads token trees at present."""
+    return _BEFORE in vars(unwrap(model))
+
+
+@contextlib.contextmanager
+def tree_attention(model: nn.Module) -> Iterator[None]:
+    """Within: the model reads token trees; after: as it was before."""
+    had = has_tree_attention(model)
+    use_tree_attention(model)
+    try:
+        yield
+    finally:
+        if not had:
+            use_plain_attention(model)
+
+
+@contextlib.contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Within: the model's ordinary attention (generation, separate sequences); after: as it was before."""
+    had = has_tree_attention(model)
+    use_plain_attention(model)
+    try:
+        yield
+    finally:
+        if had:
+            use_tree_attention(model)

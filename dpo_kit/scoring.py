@@ -1,0 +1,171 @@
+"""Model + micro-batch -> log-probs of sequences: the one place where model, pack and head meet.
+
+The trainer, the reference, `dpo-kit logps` and the evaluation all score through here.
+
+The head is entered through the model's own forward: for one call the head's layer returns the
+log-probs of the asked tokens in place of all logits. So the hooks of DDP, FSDP, PEFT, gradient
+checkpointing and compilers fire as ever, and no N x V matrix of logits is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpo_kit.errors import InputError
+from dpo_kit.logprob import token_logprobs
+from dpo_kit.models import Head, output_head, plain_attention, tree_attention, use_tree_attention
+from dpo_kit.packing import Layout, MicroBatch, PairTokens, pack_padded, pack_tree, sequences_of
+
+# A model of low precision up to this size is copied to fp32 for the start-up check.
+_COPY_PARAMETERS = 10**9
+
+
+@dataclass(frozen=True)
+class SequenceLogProbs:
+    """Log-probs of a micro-batch's sequences.
+
+    Attributes:
+        sequences: [S] summed log-prob of each completion given its prompt, nats, fp32 or fp64.
+        entries: [M] log-prob of each completion token, ordered by sequence and place in it;
+            `MicroBatch.entry_sequence` says whose it is.
+    """
+
+    sequences: Tensor
+    entries: Tensor
+
+
+def sequence_logprobs(model: nn.Module, batch: MicroBatch, *, impl: str = "auto") -> SequenceLogProbs:
+    """Score the completions of a micro-batch under a causal LM.
+
+    Args:
+        model: a transformers causal LM, possibly wrapped (DDP, PEFT, compile). For a token tree it
+            must have been given tree attention (`dpo_kit.models.use_tree_attention`).
+        batch: on the model's device.
+        impl: see `dpo_kit.logprob.token_logprobs`.
+
+    Returns:
+        Sequence and token log-probs, with gradients where grad mode is on.
+    """
+    keywords = {} if batch.tree is None else {"tree": batch.tree}
+    with _head_returns_logprobs(output_head(model), batch, impl) as scored:
+        output = model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keywords
+        )
+    # What the family does to logits was done inside the head, so the log-probs are taken from before
+    # it; the output joins the graph with factor zero for the wrappers whose hooks hang on it.
+    predictions = scored[0] + 0.0 * output.logits.flatten()
+    entries = predictions.index_select(0, batch.entry_prediction)
+    sums = entries.new_zeros(batch.num_sequences).index_add(0, batch.entry_sequence, entries)
+    return SequenceLogProbs(sums, entries)
+
+
+@contextlib.contextmanager
+def _head_returns_logprobs(head: Head, batch: MicroBatch, impl: str) -> Iterator[list[Tensor]]:
+    """Within: the head returns [1, N, 1] log-probs, and also puts the [N] log-probs into the list."""
+    module, scored = head.module, []
+    own_forward = vars(module).get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2).index_select(0, batch.prediction_rows)
+        logps = token_logprobs(
+            rows,
+            module.weight,
+            batch.prediction_targets,
+            bias=getattr(module, "bias", None),
+            softcap=head.softcap,
+            scale=head.scale,
+            impl=impl,
+        )
+        scored.append(logps)
+        return logps.view(1, -1, 1)
+
+    module.forward = forward
+    try:
+        yield scored
+    finally:
+        if own_forward is None:
+            del module.forward
+        else:
+            module.forward = own_forward
+
+
+@torch.no_grad()
+def full_logit_logprobs(model: nn.Module, pairs: Sequence[PairTokens]) -> Tensor:
+    """[M] log-probs of each completion token, by the plain definition.
+
+    Every sequence alone and unpadded, with ordinary attention and the model's own full logits; the
+    order is that of `SequenceLogProbs.entries`. Slow, and the truth that layouts are compared with.
+    """
+    device = next(model.parameters()).device
+    entries = []
+    with plain_attention(model):
+        for sequence, start in zip(*sequences_of(pairs), strict=True):
+            ids = torch.from_numpy(sequence).to(device)[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            entries.append(logps.gather(1, ids[0, start:, None]).squeeze(1))
+    return torch.cat(entries)
+
+
+def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout, str]:
+    """The layout that a model may be trusted with, and why, where it is not the tree.
+
+    A model with recurrent state, or with attention of its own, gives wrong log-probs on tree rows and
+    no error; so each layout is compared with the plain definition on some of the run's own pairs.
+    Small models of low precision are compared in fp32, where a small error can be told from rounding.
+
+    Args:
+        model: a causal LM, not wrapped; has tree attention afterwards where the answer is "tree".
+        pairs: what the run trains on; the longest and a few others are looked at.
+
+    Raises:
+        InputError: even padded sequences do not give the model's own log-probs.
+    """
+    probe = _probe(pairs)
+    low_precision = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    if low_precision and sum(p.numel() for p in model.parameters()) <= _COPY_PARAMETERS:
+        found = choose_layout(copy.deepcopy(model).float(), probe)
+    else:
+        tree = _difference(model, probe, "tree", low_precision)
+        padded = _difference(model, probe, "padded", low_precision) if tree else ""
+        if padded:
+            raise InputError(
+                f"{type(model).__name__} cannot be scored, not even on padded sequences: {padded}",
+                field="model.path",
+                mend="The family does something to its logits or positions that dpo_kit does not know yet.",
+            )
+        reason = f"{type(model).__name__} cannot be trusted with token trees: {tree}"
+        found = ("padded", reason) if tree else ("tree", "")
+    if found[0] == "tree":
+        use_tree_attention(model)
+    return found
+
+
+def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:
+    """A few pairs, the longest (where sliding windows bite) among them."""
+    longest = max(pairs, key=lambda p: len(p.prompt) + max(map(len, p.replies)))
+    return [longest, *(p for p in pairs[:3] if p is not longest)]
+
+
+def _difference(model: nn.Module, pairs: list[PairTokens], layout: Layout, low_precision: bool) -> str:
+    """What is wrong with a layout for a model; empty where its log-probs are those of the definition."""
+    tolerance = 0.2 if low_precision else 1e-4
+    batch = (pack_tree if layout == "tree" else pack_padded)(pairs)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), tree_attention(model) if layout == "tree" else contextlib.nullcontext():
+            expected = full_logit_logprobs(model, pairs)
+            found = sequence_logprobs(model, batch.to(expected.device)).entries
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    finally:
+        model.train(training)
+    worst = float((found - expected).abs().max())
+    return "" if worst <= tolerance else f"token log-probs differ by {worst:.1e} (allowed {tolerance:.0e})"
