@@ -1,0 +1,24 @@
+"""Objectives on preference pairs: pure functions on log-probs, found by name.
+
+A loss takes `LogProbs` and keyword hyper-parameters and gives one value per pair. Adding one is a
+function with `@register_loss`; trainer, command line and recipes know no loss by name.
+"""
+
+from dpo_kit.losses.inputs import LogProbs
+from dpo_kit.losses.likelihood import log_ratio, sft, unlikelihood
+from dpo_kit.losses.logistic import dpo
+from dpo_kit.losses.registry import LossSpec, Objective, get_loss, loss_names, make_objective, register_loss
+
+__all__ = [
+    "LogProbs",
+    "LossSpec",
+    "Objective",
+    "dpo",
+    "get_loss",
+    "log_ratio",
+    "loss_names",
+    "make_objective",
+    "register_loss",
+    "sft",
+    "unlikelihood",
+]
