@@ -1,0 +1,97 @@
+"""PreferenceConfig: transformers' TrainingArguments and what preference training adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from dpo_kit.errors import InputError
+
+# Tokens of one forward and backward pass where the recipe leaves it to us; larger ones gain little.
+_AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclass
+class PreferenceConfig(TrainingArguments):
+    """Settings of a `PreferenceTrainer`; all of TrainingArguments' fields are there too.
+
+    Attributes:
+        batch_size: preference pairs in one optimiser step, over all ranks. Default: what
+            TrainingArguments would make of per_device_train_batch_size, gradient_accumulation_steps
+            and the number of ranks.
+        tokens_per_micro_batch: token budget of one forward and backward pass, or "auto". It changes
+            memory and speed, not the gradient.
+        loss: a name, {name: ..., hyper-parameters}, or a list of {name, weight, ...}.
+        reference_mode: "auto", "live" (a frozen copy in memory) or "none".
+        layout: "tree", "padded", or "auto": the tree where the start-up check finds that the model
+            gives the same log-probs on it.
+        max_length: longest prompt plus reply, in tokens; None for no limit.
+        overlong: what is done beyond it: "drop", "cut_prompt_left" or "cut_completion_right".
+        bf16: autocast to bf16. Default: on where the hardware has it.
+    """
+
+    batch_size: int | None = None
+    tokens_per_micro_batch: int | str = "auto"
+    loss: Any = field(default_factory=lambda: {"name": "dpo"})
+    reference_mode: str = "auto"
+    layout: str = "auto"
+    max_length: int | None = 1024
+    overlong: str = "drop"
+    bf16: bool | None = None  # type: ignore[assignment]
+    learning_rate: float = 1e-6
+    logging_steps: float = 10
+    remove_unused_columns: bool = False
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = bf16_is_fast() and not self.fp16
+        # TrainingArguments would take the columns that its models know, and so none of ours.
+        self.remove_unused_columns = False
+        super().__post_init__()
+        self._settle_batch_size()
+        tokens = self.tokens_per_micro_batch
+        if tokens != "auto" and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+            raise InputError(
+                f"expected a number of tokens or auto, got {tokens!r}", field="train.tokens_per_micro_batch"
+            )
+        if self.layout not in ("auto", "tree", "padded"):
+            raise InputError(
+                f"unknown layout '{self.layout}'", field="train.layout", mend="Known: auto, tree, padded."
+            )
+
+    def _settle_batch_size(self) -> None:
+        """One dataloader batch is one step of one rank; accumulation happens inside it."""
+        ranks = self.world_size
+        if self.batch_size is None:
+            per_rank = (
+                self.per_device_train_batch_size * max(1, self.n_gpu) * self.gradient_accumulation_steps
+            )
+            self.batch_size = per_rank * ranks
+        if self.batch_size < 1 or self.batch_size % ranks:
+            raise InputError(
+                f"{self.batch_size} pairs cannot be dealt evenly to {ranks} ranks",
+                field="train.batch_size",
+                mend=f"Use a positive multiple of {ranks}.",
+            )
+        self.per_device_train_batch_size = self.batch_size // ranks
+        self.gradient_accumulation_steps = 1
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of one micro-batch."""
+        if self.tokens_per_micro_batch == "auto":
+            return _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cpu"])
+        return int(self.tokens_per_micro_batch)

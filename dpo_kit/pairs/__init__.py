@@ -1,0 +1,13 @@
+"""Preference pairs: from any known shape on disk to canonical rows, every row accounted for.
+
+`sources` finds the files, `reading` reads their rows, `formats` adapts each on-disk shape, `schema` checks
+every pair, `loading` and `inspection` put them together, `tally` holds the account. A SOURCE and what comes
+out are described at `load_pairs`.
+"""
+
+from dpo_kit.pairs.formats import register_format
+from dpo_kit.pairs.inspection import inspect_pairs
+from dpo_kit.pairs.loading import load_pairs, read_pairs
+from dpo_kit.pairs.tally import PairsReport, Problem
+
+__all__ = ["PairsReport", "Problem", "inspect_pairs", "load_pairs", "read_pairs", "register_format"]

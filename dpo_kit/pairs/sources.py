@@ -1,0 +1,152 @@
+"""A SOURCE as the user writes it -> where its rows come from: files, or one split of a hub data set.
+
+SOURCE is a file, a folder, a glob, or `hf://owner/name[/config]@split`; after `hf://` a local folder
+(`./folder`, `/folder`) works too. How a file becomes rows is the business of `reading`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_kit.errors import InputError
+from dpo_kit.pairs.reading import BATCH_ROWS, RawRow, rows_of_file, supported, supported_names
+from dpo_kit.pairs.schema import Place
+
+HUB = "hf://"
+# What `Dataset.save_to_disk` lays beside its arrow files.
+_NOT_ROWS = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file or hub split: the name that stands in places and reports, and a fresh pass over its rows."""
+
+    name: str
+    rows: Callable[[], Iterator[RawRow]]
+
+
+def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Source], list[str]]:
+    """All sources in the given order, those of a folder or glob sorted by path, and the files ignored.
+
+    Raises `InputError` for whatever is not there, not supported, or empty of supported files. Rows are not
+    looked at; hub data sets are not fetched before their `rows` are asked for.
+    """
+    given = [sources] if isinstance(sources, str | Path) else list(sources)
+    if not given:
+        raise InputError(
+            "no source of pairs is given", mend="Name a file, a folder, a glob or hf://owner/name@split"
+        )
+    found: list[Source] = []
+    ignored: list[str] = []
+    for source in given:
+        if not isinstance(source, str | Path):
+            raise InputError(f"a source must be text or a path, found {type(source).__name__}")
+        if str(source).startswith(HUB):
+            found.append(_hub_source(str(source)))
+            continue
+        for path in _files(str(source), ignored):
+            found.append(Source(path, lambda path=path: rows_of_file(path)))  # type: ignore[misc]
+    return found, ignored
+
+
+def _files(source: str, ignored: list[str]) -> list[str]:
+    """The supported files that a path or glob means; what else was met is added to `ignored`."""
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):
+        if not supported(path):
+            raise InputError(
+                "the file is of no known kind", file=path, mend=f"Known endings: {supported_names()}"
+            )
+        return [path]
+    if os.path.isdir(path):
+        return _picked(
+            _walk(path), source, ignored, f"the folder holds no file of pairs ({supported_names()})"
+        )
+    if glob.has_magic(path):
+        matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        return _picked(matches, source, ignored, f"no file of pairs ({supported_names()}) matches")
+    raise InputError("no such file or folder", file=source, mend=_nearby(path))
+
+
+def _nearby(path: str) -> str:
+    """What the nearest folder above a missing path holds, as a hint."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"The folder {folder} is not there either (working folder: {os.getcwd()})"
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{folder} holds: {listed}" if names else f"{folder} is empty"
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """All files in the folder and the folders in it, sorted, hidden ones left out."""
+    for place, folders, names in os.walk(folder, onerror=_cannot_list):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.join(place, name)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise InputError(f"the folder cannot be read: {error.strerror}", file=error.filename) from None
+
+
+def _picked(paths: Iterator[str] | list[str], source: str, ignored: list[str], none: str) -> list[str]:
+    picked = []
+    for path in paths:
+        if supported(path) and os.path.basename(path) not in _NOT_ROWS:
+            picked.append(path)
+        else:
+            ignored.append(path)
+    if not picked:
+        raise InputError(none, file=source)
+    return picked
+
+
+def _hub_source(source: str) -> Source:
+    where, at, split = source.removeprefix(HUB).rpartition("@")
+    if not at or not where or not split:
+        raise InputError("the split is not given", file=source, mend=f"Write {HUB}owner/name[/config]@split")
+    if where.startswith((".", "/", "~")):
+        name, config = os.path.expanduser(where), None
+        if not os.path.isdir(name):
+            raise InputError("no such folder", file=source, mend=_nearby(name))
+    else:
+        parts = where.split("/")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise InputError(
+                f"'{where}' is not the name of a hub data set",
+                file=source,
+                mend=f"Write {HUB}owner/name[/config]@split, or {HUB}./folder@split",
+            )
+        name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    return Source(source, lambda: _hub_rows(source, name, config, split))
+
+
+def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterator[RawRow]:
+    data = _hub_data(source, name, config, split)
+    number = 0
+    for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
+        for row in batch.to_pylist():
+            number += 1
+            yield row, Place(source, row=number)
+
+
+def _hub_data(source: str, name: str, config: str | None, split: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # of many kinds: hub, http, offline mode, builder, unknown config or split
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
+        raise InputError(
+            f"the data set cannot be loaded: {cause}",
+            file=source,
+            mend="Check owner, name, config and split, and that the hub can be reached; "
+            "without the hub, give the path of the data's files instead",
+        ) from error

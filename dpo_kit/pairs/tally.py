@@ -1,0 +1,163 @@
+"""The account of a loading: what was read, kept, left out and ignored, in numbers, places and words.
+
+Only counts and words; `loading` fills it in, `inspection` adds what the kept pairs look like.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+from dpo_kit.errors import InputError
+from dpo_kit.pairs.schema import Place
+
+FIRST_PLACES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row that cannot be used: its kind (see `schema.KINDS`), place and field, and the mend."""
+
+    kind: str
+    place: Place
+    field: str | None
+    message: str
+    mend: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "place": str(self.place)}
+
+
+@dataclass(slots=True)
+class SourceReport:
+    """One file or hub split: rows read and kept, and the columns that nothing was taken from."""
+
+    file: str
+    format: str
+    read: int = 0
+    kept: int = 0
+    unused_columns: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, 95th percentile (nearest rank) and greatest of some lengths."""
+
+    median: float
+    p95: int
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class PairStatistics:
+    """What the kept pairs look like. Lengths are in characters, of messages the content alone."""
+
+    prompt_characters: Spread
+    chosen_characters: Spread
+    rejected_characters: Spread
+    distinct_prompts: int
+    duplicated_pairs: int  # pairs equal to an earlier one
+    longer_chosen_share: float | None  # of the pairs of unequal length; None where there is none
+
+
+@dataclass(slots=True)
+class PairsReport:
+    """All sources of one loading. A row has at most one problem: the first that was found."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)  # files passed over in folders and globs
+    statistics: PairStatistics | None = None
+
+    @property
+    def read(self) -> int:
+        """Rows read, over all sources."""
+        return sum(source.read for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        """Rows kept, over all sources."""
+        return sum(source.kept for source in self.sources)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by kind of problem, the most frequent kind first."""
+        return dict(Counter(problem.kind for problem in self.problems).most_common())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "counts": self.counts,
+            "sources": [asdict(source) for source in self.sources],
+            "problems": [problem.to_dict() for problem in self.problems],
+            "ignored": list(self.ignored),
+            "statistics": asdict(self.statistics) if self.statistics else None,
+        }
+
+    def kinds_in_words(self) -> list[str]:
+        """For each kind its count and the first few places: `empty_prompt 2 (a.jsonl:3, :9)`."""
+        words = []
+        for kind, count in self.counts.items():
+            places = islice(
+                (problem.place for problem in self.problems if problem.kind == kind), FIRST_PLACES
+            )
+            more = ", ..." if count > FIRST_PLACES else ""
+            words.append(f"{kind} {count} ({_places_in_words(list(places))}{more})")
+        return words
+
+    def left_out(self) -> str:
+        """One line on the rows that cannot be used."""
+        return f"{len(self.problems)} of {self.read} rows cannot be used: {'; '.join(self.kinds_in_words())}"
+
+    def summary(self) -> str:
+        """A few readable lines."""
+        lines = []
+        for source in self.sources:
+            lines.append(f"{source.file} ({source.format}): {source.read} rows read, {source.kept} kept")
+            if source.unused_columns:
+                lines.append(f"  columns not used: {', '.join(source.unused_columns)}")
+        lines += [f"left out: {words}" for words in self.kinds_in_words()]
+        if self.ignored:
+            lines.append(f"ignored files: {', '.join(self.ignored)}")
+        return "\n".join(lines + _statistics_in_words(self.statistics))
+
+    def as_error(self, *, dropped: bool) -> InputError:
+        """The first problem, for the user to mend, with the count of all of them.
+
+        `dropped` says that leaving such rows out was tried, and left nothing.
+        """
+        first = self.problems[0]
+        mend = "set data.invalid: drop (--invalid drop) to leave them out, counted"
+        return first.place.error(
+            f"{first.message}. {self.left_out()}",
+            field=first.field,
+            mend="No row is left" if dropped else f"Correct the rows, or {mend}",
+        )
+
+
+def _places_in_words(places: list[Place]) -> str:
+    """A file is named once for the places in it that follow each other."""
+    files = [None, *(place.file for place in places)]
+    words = [str(place) for place in places]
+    return ", ".join(
+        word.removeprefix(place.file) if place.file == before else word
+        for word, place, before in zip(words, places, files, strict=False)
+    )
+
+
+def _statistics_in_words(statistics: PairStatistics | None) -> list[str]:
+    if statistics is None:
+        return []
+    lines = ["characters (median, 95th percentile, max):"]
+    for part in ("prompt", "chosen", "rejected"):
+        spread: Spread = getattr(statistics, f"{part}_characters")
+        lines.append(f"  {part:<8} {spread.median:>9.1f} {spread.p95:>7} {spread.max:>7}")
+    lines.append(f"distinct prompts: {statistics.distinct_prompts}")
+    lines.append(f"duplicated pairs: {statistics.duplicated_pairs}")
+    if statistics.longer_chosen_share is not None:
+        lines.append(f"the longer reply is chosen in {statistics.longer_chosen_share:.1%} of pairs")
+    return lines

@@ -1,0 +1,279 @@
+"""Curves as PNG pictures, of one run or of several overlaid.
+
+Each picture is declared in PICTURES; `draw` is the one place that touches matplotlib, through its object
+API (no pyplot, no global state). A picture with no data is None. Colours are Okabe and Ito's (safe for
+colour-blind readers), and no meaning hangs on colour alone where lines can be dashed or marked.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from dpo_kit.report.run_folder import Run
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"
+RUN_COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 120
+NAME_CHARACTERS = 36
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric in a panel. `dash` tells series of one run apart where colour tells runs apart.
+
+    `exact` is for what has no noise: it is drawn as logged, not as a running mean.
+    """
+
+    key: str
+    label: str
+    colour: str = BLUE
+    dash: Literal["-", "--"] = "-"
+    exact: bool = False
+
+    @property
+    def held_out(self) -> bool:
+        return self.key.startswith("eval_")
+
+    @property
+    def smooth(self) -> bool:
+        return not (self.held_out or self.exact)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: the label of the y axis with its unit, and the series."""
+
+    ylabel: str
+    series: tuple[Series, ...]
+    ceiling: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One PNG file; its panels stand one above the other and share the step axis."""
+
+    name: str
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _train_and_eval(key: str, ylabel: str, ceiling: bool = False) -> Panel:
+    held_out = Series(f"eval_{key}", "held-out", VERMILION)
+    return Panel(ylabel, (Series(key, "training", BLUE), held_out), ceiling)
+
+
+def _chosen_and_rejected(kind: str, ylabel: str) -> Panel:
+    return Panel(
+        ylabel,
+        (
+            Series(f"{kind}/chosen", "chosen", BLUE),
+            Series(f"{kind}/rejected", "rejected", VERMILION, "--"),
+            Series(f"eval_{kind}/chosen", "chosen, held-out", BLUE),
+            Series(f"eval_{kind}/rejected", "rejected, held-out", VERMILION, "--"),
+        ),
+    )
+
+
+PICTURES = (
+    Picture("loss", "Loss", (_train_and_eval("loss", "loss"),)),
+    Picture(
+        "accuracy",
+        "Accuracy",
+        (_train_and_eval("rewards/accuracies", "share of pairs with margin > 0", ceiling=True),),
+    ),
+    Picture(
+        "margins",
+        "Margin",
+        (_train_and_eval("rewards/margins", "reward, chosen − rejected"),),
+    ),
+    Picture("rewards", "Implicit rewards", (_chosen_and_rejected("rewards", "reward"),)),
+    Picture("logps", "Log-probs", (_chosen_and_rejected("logps", "log-prob of a reply (nats)"),)),
+    Picture(
+        "optimiser",
+        "Learning rate and gradient norm",
+        (
+            Panel("learning rate", (Series("learning_rate", "learning rate", BLUE, exact=True),)),
+            Panel("gradient norm", (Series("grad_norm", "gradient norm", VERMILION),)),
+        ),
+    ),
+    Picture("speed", "Speed", (Panel("pairs per second", (Series("pairs_per_second", "speed", GREEN),)),)),
+)
+
+
+def comparison_pictures() -> list[Picture]:
+    """PICTURES with training and held-out series in pictures of their own, lest the overlay be a tangle."""
+    pictures = []
+    for picture in PICTURES:
+        for held_out, suffix, title in ((False, "", "training pairs"), (True, "_eval", "held-out pairs")):
+            panels = tuple(
+                replace(
+                    panel,
+                    series=tuple(s for s in panel.series if s.held_out == held_out),
+                    ceiling=panel.ceiling and held_out,
+                )
+                for panel in picture.panels
+            )
+            both = any(series.held_out for panel in picture.panels for series in panel.series)
+            if any(panel.series for panel in panels):
+                heading = f"{picture.title} ({title})" if both else picture.title
+                pictures.append(Picture(picture.name + suffix, heading, panels))
+    return pictures
+
+
+def run_colours(count: int) -> list[str]:
+    """A colour for each run, as #rrggbb."""
+    if count <= len(RUN_COLOURS):
+        return list(RUN_COLOURS[:count])
+    viridis = matplotlib.colormaps["viridis"]
+    return [matplotlib.colors.to_hex(viridis(x)) for x in np.linspace(0, 0.92, count)]
+
+
+def running_mean(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Centred running mean and its window: about a twelfth of the points, odd, at most 1001.
+
+    Near the ends, and around values that are not finite, the mean is over what there is.
+    """
+    window = min(1001, len(values) // 12 // 2 * 2 + 1)
+    finite = np.isfinite(values)
+    half = window // 2
+    # Not a cumulative sum, in which one huge value would swallow the digits of all that follow.
+    kernel = np.ones(window)
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[half : half + len(values)]
+    count = np.convolve(finite.astype(float), kernel)[half : half + len(values)]
+    return np.where(finite, total / np.maximum(count, 1), np.nan), window
+
+
+def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes | None:
+    """The picture as PNG bytes, or None where no run has any of its data.
+
+    One run: a colour for each series, the logged values faint behind the running mean. Several: a colour
+    for each run, running means only. Values that are not finite leave gaps.
+    """
+    filled = [p for p in picture.panels if any(_has_data(r, s.key) for r in runs for s in p.series)]
+    if not filled:
+        return None
+    figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
+    figure.set_facecolor("white")
+    all_axes = figure.subplots(len(filled), 1, sharex=True, squeeze=False)[:, 0]
+    all_axes[0].set_title(picture.title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
+    for axes, panel in zip(all_axes, filled, strict=True):
+        _dress(axes, panel.ylabel)
+        if len(runs) == 1:
+            _draw_one(axes, panel, runs[0])
+        else:
+            _draw_overlay(axes, panel, runs, labels, legend=axes is all_axes[0])
+    all_axes[-1].set_xlabel("optimiser step")
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    """The figure as a PNG with a palette of 128 colours, a quarter of the size of one in full colour."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    # Maximum coverage keeps rare colours, such as a thin line's; median cut would blend them away.
+    image = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True, dpi=(DPI, DPI))
+    return buffer.getvalue()
+
+
+def _has_data(run: Run, key: str) -> bool:
+    return bool(np.isfinite(run.curve(key)[1]).any())
+
+
+def _dress(axes: Axes, ylabel: str) -> None:
+    axes.set_facecolor("white")
+    axes.set_ylabel(ylabel)
+    axes.grid(color="#e5e7eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9ca3af")
+    axes.tick_params(colors="#374151", labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def _draw_one(axes: Axes, panel: Panel, run: Run) -> None:
+    handles: list[Line2D] = []
+    for series in panel.series:
+        steps, values = run.curve(series.key)
+        if not np.isfinite(values).any():
+            continue
+        handles += axes.plot(*_line(steps, values, series), **_style(series, series.colour, len(steps)))
+        label = series.label
+        window = running_mean(values)[1] if series.smooth else 1
+        if window > 1:
+            axes.plot(steps, values, ".", color=series.colour, zorder=1, **_faint(len(steps)))
+            label += f" (mean of {window} lines)"
+        handles[-1].set_label(label)
+    ceiling = run.figure("eval/accuracy_ceiling") if panel.ceiling else None
+    if ceiling is not None:
+        handles.append(axes.axhline(ceiling, color=GREY, linestyle=":", linewidth=1.4))
+        handles[-1].set_label(f"ceiling, label noise ({ceiling:.3f})")
+    if len(panel.series) > 1:
+        _legend(axes, handles, [str(handle.get_label()) for handle in handles])
+
+
+def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequence[str], legend: bool) -> None:
+    handles: list[Line2D] = []
+    names: list[str] = []
+    ceilings = [run.figure("eval/accuracy_ceiling") if panel.ceiling else None for run in runs]
+    for run, label, colour, ceiling in zip(runs, labels, run_colours(len(runs)), ceilings, strict=True):
+        drawn: list[Line2D] = []
+        for series in panel.series:
+            steps, values = run.curve(series.key)
+            if np.isfinite(values).any():
+                drawn += axes.plot(*_line(steps, values, series), **_style(series, colour, len(steps)))
+        if drawn:
+            handles.append(drawn[0])
+            names.append(label if len(label) <= NAME_CHARACTERS else f"{label[: NAME_CHARACTERS - 1]}…")
+        if ceiling is not None and len(set(ceilings)) > 1:
+            axes.axhline(ceiling, color=colour, linestyle=":", linewidth=1.2)
+    if ceilings[0] is not None and len(set(ceilings)) == 1:
+        handles.append(axes.axhline(ceilings[0], color=GREY, linestyle=":", linewidth=1.4))
+        names.append(f"ceiling ({ceilings[0]:.3f})")
+    if len(panel.series) > 1:
+        for series in panel.series:
+            handles.append(Line2D([], [], color=GREY, linestyle=series.dash))
+            names.append(series.label.removesuffix(", held-out"))
+    if legend:
+        _legend(axes, handles, names)
+
+
+def _line(steps: np.ndarray, values: np.ndarray, series: Series) -> tuple[np.ndarray, np.ndarray]:
+    values = np.where(np.isfinite(values), values, np.nan)
+    return steps, running_mean(values)[0] if series.smooth else values
+
+
+def _style(series: Series, colour: str, points: int) -> dict[str, Any]:
+    """Evaluations are marked points (where they are few) on a thin line; training is a line."""
+    marker = "o" if points == 1 or (series.held_out and points <= 60) else None
+    width = 1.1 if series.held_out else 1.7
+    style = {"color": colour, "linestyle": series.dash, "linewidth": width}
+    return {**style, "marker": marker, "markersize": 4}
+
+
+def _faint(points: int) -> dict[str, Any]:
+    """Dots that stay a haze behind the line however many there are, and a small file."""
+    return {"alpha": 0.18, "markersize": 4} if points <= 1000 else {"alpha": 0.06, "markersize": 2.5}
+
+
+def _legend(axes: Axes, handles: Sequence[Line2D], names: Sequence[str]) -> None:
+    """A legend whose names are set as plain text: a run may be called `_x` or `$x$`."""
+    legend = axes.legend(handles, ["x"] * len(handles), fontsize=8, frameon=True, framealpha=0.85)
+    legend.get_frame().set_edgecolor("none")
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)

@@ -1,0 +1,219 @@
+"""The trainer: same loss and gradients as TRL, whatever the cut; exact resume; it stops when it must."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from families import make_model, make_pairs
+from safetensors.torch import load_file
+
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
+from dpo_kit.trainer import PreferenceTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
+
+
+def make_dataset(count=12, seed=0, **columns):
+    pairs = make_pairs(count, seed)
+    rows = {
+        "prompt_ids": [p.prompt.tolist() for p in pairs],
+        "chosen_ids": [p.chosen.tolist() for p in pairs],
+        "rejected_ids": [p.rejected.tolist() for p in pairs],
+        "source": [p.source for p in pairs],
+    }
+    return Dataset.from_dict(rows | columns)
+
+
+def make_trainer(folder, model=None, dataset=None, ref_model=None, eval_dataset=None, **settings):
+    settings = {
+        "batch_size": 4,
+        "max_steps": 4,
+        "bf16": False,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 3,
+    } | settings
+    return PreferenceTrainer(
+        model=model or make_model("llama"),
+        ref_model=ref_model,
+        args=PreferenceConfig(output_dir=str(folder), **settings),
+        train_dataset=dataset or make_dataset(),
+        eval_dataset=eval_dataset,
+    )
+
+
+def step_gradients(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer.training_step(trainer.model, batch)
+    return loss, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def first_rows(dataset, count):
+    return [dataset[i] for i in range(count)]
+
+
+def test_loss_and_gradients_do_not_depend_on_the_cut_or_the_layout(tmp_path):
+    dataset, reference = make_dataset(weight=[1.0, 2.0, 0.5] * 4), make_model("llama", seed=9)
+    results = []
+    for settings in ({}, {"tokens_per_micro_batch": 40}, {"tokens_per_micro_batch": 1}, {"layout": "padded"}):
+        trainer = make_trainer(tmp_path, dataset=dataset, ref_model=reference, batch_size=12, **settings)
+        batch = trainer.data_collator(first_rows(dataset, 12))
+        results.append((len(batch["micro_batches"]), *step_gradients(trainer, batch)))
+    assert [cuts for cuts, _, _ in results] == [1, results[1][0], 12, 1]
+    assert results[1][0] > 2
+    for _, loss, gradients in results[1:]:
+        torch.testing.assert_close(loss, results[0][1], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, results[0][2], rtol=1e-4, atol=1e-6)
+
+
+def test_equals_trl(tmp_path):
+    """Loss and parameter gradients of TRL's DPOTrainer on the same pairs."""
+    trl = pytest.importorskip("trl", reason="trl is not installed (the ppo extra)")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {str(i): i for i in range(97)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="2", pad_token="0", bos_token="1")
+    pairs = make_pairs(8)
+
+    def text(ids):
+        return " ".join(map(str, ids.tolist()))
+
+    rows = {"prompt": [text(p.prompt) + " " for p in pairs]}
+    rows["chosen"] = [text(p.chosen) for p in pairs]
+    rows["rejected"] = [text(p.rejected) for p in pairs]
+    dataset = Dataset.from_dict(rows)
+    policy, reference = make_model("llama"), make_model("llama", seed=9)
+    ours = PreferenceTrainer(
+        policy,
+        reference,
+        PreferenceConfig(str(tmp_path / "ours"), batch_size=8, bf16=False, loss={"name": "dpo", "beta": 0.3}),
+        dataset,
+        processing_class=tokenizer,
+    )
+    batch = ours.data_collator(first_rows(ours.train_dataset, 8))
+    loss, gradients = step_gradients(ours, batch)
+
+    peer = trl.DPOTrainer(
+        make_model("llama"),
+        make_model("llama", seed=9),
+        trl.DPOConfig(str(tmp_path / "trl"), per_device_train_batch_size=8, beta=0.3, use_cpu=True, bf16=False,
+                      report_to="none"),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )  # fmt: skip
+    peer.model.eval()
+    inputs = peer.data_collator([peer.train_dataset[i] for i in range(8)])
+    peer_loss = peer.compute_loss(peer.model, inputs)
+    peer_loss.backward()
+    torch.testing.assert_close(loss, peer_loss.detach(), rtol=1e-4, atol=1e-6)
+    for name, parameter in peer.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_first_step_starts_at_log_2_and_the_margin_grows(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=20, eval_dataset=make_dataset())
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert lines[0]["rewards/accuracies"] == 0.5
+    assert lines[-1]["rewards/margins"] > 0.1
+    assert lines[-1]["rewards/margins"] == pytest.approx(
+        lines[-1]["rewards/chosen"] - lines[-1]["rewards/rejected"], abs=1e-5
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_rewards/accuracies"] > 0.9
+
+
+@pytest.mark.parametrize(
+    "loss", ["sft", "unlikelihood", "log_ratio", "dpo", [{"name": "dpo"}, {"name": "sft"}]]
+)
+def test_every_loss_falls_and_holds_a_reference_only_where_it_needs_one(tmp_path, loss):
+    trainer = make_trainer(tmp_path, max_steps=9, loss=loss, dataset=make_dataset(4))
+    trainer.train()
+    assert (trainer.reference.model is None) == (loss in ("sft", "unlikelihood", "log_ratio"))
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_resume_is_bit_equal(tmp_path):
+    whole = make_trainer(tmp_path / "whole", max_steps=6, save_strategy="steps", save_steps=3)
+    whole.train()
+    step_3 = tmp_path / "whole" / "checkpoints" / "step-3"
+    resumed = make_trainer(tmp_path / "resumed", max_steps=6, save_strategy="steps", save_steps=3)
+    resumed.train(resume_from_checkpoint=str(step_3))
+    first, second = (
+        load_file(tmp_path / name / "checkpoints" / "step-6" / "model.safetensors")
+        for name in ("whole", "resumed")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    start = load_file(step_3 / "model.safetensors")
+    assert any(not torch.equal(first[k], start[k]) for k in first)
+
+
+def test_old_checkpoints_are_rotated_and_none_is_half_written(tmp_path):
+    make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if not p.name.startswith("."))
+    assert found == ["step-3", "step-4"]
+    assert not list((tmp_path / "checkpoints").glob(".writing/*"))
+
+
+def test_metrics_of_a_resumed_run_go_on_where_the_checkpoint_was(tmp_path):
+    make_trainer(tmp_path, max_steps=5, save_strategy="steps", save_steps=3).train()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    trainer = make_trainer(tmp_path, max_steps=7, save_strategy="steps", save_steps=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "step-3"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    model = make_model("llama")
+    trainer = make_trainer(tmp_path, model=model)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"not finite at step 1, on \d+ of \d+ pairs: pairs:\d+"):
+        trainer.train()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or name == "model.norm.weight"
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.reference.model.lm_head.weight[5] += 1
+    with pytest.raises(TrainingError, match=r"at step 0 the policy must be the reference.*-\d.*-\d"):
+        trainer.train()
+
+
+def test_dropout_is_off_and_says_so(tmp_path):
+    with pytest.warns(DpoKitWarning, match="dropout is off"):
+        make_trainer(tmp_path, model=make_model("llama", attention_dropout=0.1)).train()
+
+
+def test_a_recurrent_model_trains_on_the_padded_path_with_a_warning(tmp_path):
+    with pytest.warns(DpoKitWarning, match="cannot be trusted with token trees"):
+        trainer = make_trainer(tmp_path, model=make_model("mamba"))
+    trainer.train()
+    assert trainer.layout == "padded"
+
+
+def test_batch_size_from_trls_settings(tmp_path):
+    config = PreferenceConfig(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=8)
+    assert config.batch_size == 16
+
+
+def test_rows_of_text_need_a_tokenizer(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    with pytest.raises(InputError, match="processing_class"):
+        make_trainer(tmp_path, dataset=rows)
