@@ -146,7 +146,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         probe = next(word for word in tokenizer.get_vocab() if word not in special)
     plain = _ids([probe], tokenizer)[0]
     full = tokenizer(probe, padding=False, truncation=False)["input_ids"]
-    start = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
     return full[:start]
 
 
@@ -167,6 +167,7 @@ def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `InputError` for a tokenizer without an EOS token."""
     if tokenizer.eos_token_id is None:
         raise InputError(
             "the tokenizer has no EOS token, so that no completion can end",
@@ -177,8 +178,11 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(frozen=True)
 class PairText:
-    """A pair as text. `end` is the token (as text) that closes a reply and is not part of `chosen` or
-    `rejected`; `templated` says that the special tokens before the prompt are in the text already."""
+    """A pair as text.
+
+    `end` is the token, as text, that closes a reply; it is not part of `chosen` and `rejected`. `templated`:
+    the special tokens that open a prompt are in its text already.
+    """
 
     prompt: str
     chosen: str
@@ -297,7 +301,7 @@ def _tools(row: Mapping[str, Any]) -> list | None:
 
 def _join(prompt: str, before: str, content: str) -> str:
     """Content after what stands between it and the prompt, with its reasoning opened once only."""
-    if False:
+    if THOUGHT in content and THOUGHT in before:
         before = ""
     opened = prompt + before
     if opened.rstrip().endswith(THINK) and content.lstrip().startswith(THINK):

@@ -216,6 +216,9 @@ BARE = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+COUNTED = (
+    "{% for m in messages %}{{ '.' }}{% endfor %}" + ZEPHYR
+)  # the end of a conversation changes its start
 NO_ASSISTANT = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>")
@@ -267,6 +270,7 @@ def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
             "Hello<end_of_turn>",
         ),
         (ZEPHYR, "Hello", "<|user|>\nHi</s>\n<|assistant|>\n", "Hello</s>"),
+        (COUNTED, "Hello", ".<|user|>\nHi</s>\n<|assistant|>\n", "Hello</s>"),
         (PHI3, "Hello", "<|user|>\nHi<|end|>\n<|assistant|>\n", "Hello<|end|>"),
         (BARE, "Hello", "user: Hi\nassistant:", " Hello\n</s>"),
     ],

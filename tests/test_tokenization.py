@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -262,6 +263,16 @@ def test_a_damaged_file_is_made_again(tokenizer: CountingTokenizer, cache: Path,
         result = tokenize_pairs(many(), tokenizer)
     assert ids(result) == expected
     assert file.read_bytes() == whole
+
+
+def test_a_cache_file_with_rows_missing_is_made_again(tokenizer: CountingTokenizer, cache: Path) -> None:
+    expected = ids(tokenize_pairs(many(), tokenizer))
+    (file,) = cache.iterdir()
+    table = pa.ipc.open_stream(file.read_bytes()).read_all()
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(0, 10))
+    with pytest.warns(DpoKitWarning, match="damaged"):
+        assert ids(tokenize_pairs(many(), tokenizer)) == expected
 
 
 # Messages, and real data.

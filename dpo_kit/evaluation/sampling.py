@@ -1,0 +1,136 @@
+"""Samples of a policy on given prompts, through transformers' own generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_kit.encoding import encode_rows
+from dpo_kit.errors import InputError
+from dpo_kit.models import plain_attention
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled reply.
+
+    Attributes:
+        prompt: as it was given.
+        reply: decoded text, without special tokens.
+        prompt_ids: the prompt's tokens.
+        reply_ids: the sampled tokens, with the end token where it was reached.
+    """
+
+    prompt: Prompt
+    reply: str
+    prompt_ids: list[int]
+    reply_ids: list[int]
+
+
+def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """The field `prompt` of each line of a jsonl file, text or messages.
+
+    Raises:
+        InputError: no such file, broken JSON, or a line without a prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"the prompts cannot be read: {problem}", file=path, field="eval.prompts") from None
+    prompts: list[Prompt] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"broken JSON: {error}", file=path, line=number) from None
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, (str, list)) or not prompt:
+            raise InputError("expected text or a list of messages", file=path, line=number, field="prompt")
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError("there is no prompt in the file", file=path, field="eval.prompts")
+    return prompts[:limit]
+
+
+def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts -> the ids that a reply is generated after; the same as in training."""
+    rows: list[dict[str, Any]] = []
+    for prompt in prompts:
+        # The reply has no say in the prompt's ids, but a row needs one.
+        reply: Any = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
+        rows.append({"prompt": prompt, "chosen": reply, "rejected": reply})
+    return [list(pair[0]) for pair, _ in encode_rows(rows, tokenizer, None)]
+
+
+@torch.no_grad()
+def sample_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> list[Sample]:
+    """Sample replies; the same seed gives the same replies, and the global generator is left as it was.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer, with an EOS token.
+        prompts: texts or message lists.
+        samples: replies per prompt, next to each other in the result.
+        max_new_tokens: longest reply.
+        temperature: 0 takes the likeliest token each time.
+        top_p: nucleus sampling below 1.
+        batch_size: prompts generated at once; part of what the seed determines.
+        seed: of the generator.
+    """
+    device, training = model.device, model.training
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
+        num_return_sequences=samples,
+        **(drawn if temperature > 0 else {"do_sample": False}),
+    )
+    encoded = encode_prompts(prompts, tokenizer)
+    found: list[Sample] = []
+    model.eval()
+    try:
+        with plain_attention(model), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                part = encoded[start : start + batch_size]
+                width = max(map(len, part))
+                ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=device)
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
+                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                replies = output[:, width:].tolist()
+                for i, reply in enumerate(replies):
+                    place = start + i // samples
+                    cut = _until_end(reply, tokenizer.eos_token_id)
+                    text = str(tokenizer.decode(cut, skip_special_tokens=True))
+                    found.append(Sample(prompts[place], text, encoded[place], cut))
+    finally:
+        model.train(training)
+    return found
+
+
+def _until_end(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -1,0 +1,379 @@
+"""What a recipe may say: every key typed, documented and checked before anything runs.
+
+A recipe is YAML with the sections below. An unknown key is refused with the nearest known one; each
+error names file, line and key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.errors import InputError
+from dpo_kit.losses import make_objective
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The policy to start from: `path` or `config`, one of the two."""
+
+    path: str | None = Field(None, description="folder or hub id of a causal LM")
+    config: dict[str, Any] | None = Field(None, description="configuration with model_type: random weights")
+    tokenizer: str | None = Field(None, description="folder or hub id; default: beside the model")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of the weights"
+    )
+    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes quantisation")
+
+
+class ReferenceSection(Section):
+    """The frozen model that the policy is compared with."""
+
+    mode: Literal["auto", "live", "none"] = Field("auto", description="auto: live where the loss needs one")
+    path: str | None = Field(None, description="default: the policy as it was before the first step")
+    cache_dir: str | None = Field(None, description="kept for the cached reference")
+
+
+class DataSection(Section):
+    """Preference pairs and how they become tokens."""
+
+    train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
+    eval: list[str] = Field(default_factory=list, description="held-out pairs")
+    format: str = Field("auto", description="shape of the rows; auto looks at them")
+    invalid: Literal["error", "drop"] = Field("error", description="rows that cannot be trained on")
+    max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
+    overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
+        "drop", description="beyond it"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="for the chat template")
+    num_proc: int | None = Field(None, ge=1, description="processes that tokenise")
+    cache_dir: str | None = Field(
+        None, description="of token ids; default $DPO_KIT_CACHE or ~/.cache/dpo_kit"
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class SftSection(Section):
+    """Supervised training of the policy on plain text before the preferences, from `model.config`."""
+
+    corpus: list[str] = Field(description="text files, one document a line")
+    vocabulary: int = Field(1024, ge=300, description="size of the byte-level BPE that is learned on it")
+    max_length: int = Field(128, ge=2, description="tokens; a longer document is cut, and counted")
+    train: dict[str, Any] = Field(default_factory=dict, description="as the section train")
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class EvalSection(Section):
+    """What is measured beside the held-out pairs: samples on held-out prompts."""
+
+    prompts: str | None = Field(None, description="jsonl with a field prompt; none: nothing is sampled")
+    max_prompts: int | None = Field(None, ge=1, description="the first so many")
+    samples: int = Field(1, ge=1, description="replies per prompt")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int = Field(64, ge=1, description="prompts generated at once")
+    reward: str | None = Field(None, description="FILE.py:FUNCTION, text -> number: the true reward")
+    seed: int = 0
+
+
+class ReportSection(Section):
+    """The page and pictures at the end of a run."""
+
+    enabled: bool = True
+
+
+class Recipe(Section):
+    """A whole run. See the sections; `loss` and `train` are checked by what they configure."""
+
+    model: ModelSection
+    reference: ReferenceSection = Field(default_factory=ReferenceSection)
+    data: DataSection
+    sft: SftSection | None = None
+    loss: Any = Field(default_factory=lambda: {"name": "dpo", "beta": 0.1})
+    train: dict[str, Any] = Field(default_factory=dict)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    report: ReportSection = Field(default_factory=ReportSection)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe, apply `key.path=value` overrides, check all of it.
+
+        Raises:
+            InputError: naming the file, line and key, or the override.
+        """
+        content, lines = read_yaml(path)
+        for override in overrides:
+            key = _apply(content, override)
+            lines[key] = None
+        return cls.check(content, str(path), lines)
+
+    @classmethod
+    def check(
+        cls, content: dict[str, Any], file: str | None = None, lines: dict[str, int | None] | None = None
+    ) -> Recipe:
+        """A recipe from nested dictionaries; `lines` maps dotted keys to lines of the file."""
+        lines = lines or {}
+        try:
+            recipe = cls.model_validate(content)
+            _check_together(recipe)
+            make_objective(recipe.loss)
+            check_training_fields(recipe.train, "train")
+            if recipe.sft is not None:
+                check_training_fields(recipe.sft.train, "sft.train")
+        except ValidationError as error:
+            raise _first_error(error, file, lines) from None
+        except InputError as error:
+            key = (error.field or "").split(" ")[0]
+            raise InputError(
+                error.problem, file=file, line=_line(key, lines), field=error.field, mend=error.mend
+            ) from None
+        return recipe
+
+    def training_config(self, **changes: Any) -> PreferenceConfig:
+        """The settings of the trainer."""
+        fields = {
+            "output_dir": "runs/my-run",
+            "loss": self.loss,
+            "reference_mode": self.reference.mode,
+            "max_length": self.data.max_length,
+            "overlong": self.data.overlong,
+        }
+        return make_training_config(fields | self.train | changes)
+
+    def resolved(self, config: PreferenceConfig) -> dict[str, Any]:
+        """Every key with its value, defaults written out; what `check` takes."""
+        content = self.model_dump()
+        content["train"] = training_fields(config)
+        return content
+
+
+# Keys of PreferenceConfig that have a place of their own in a recipe.
+_ELSEWHERE = {
+    "loss": "loss",
+    "reference_mode": "reference.mode",
+    "max_length": "data.max_length",
+    "overlong": "data.overlong",
+}
+
+
+def make_training_config(fields: dict[str, Any]) -> PreferenceConfig:
+    """PreferenceConfig from a recipe's fields; its own refusals become InputErrors."""
+    try:
+        return PreferenceConfig(**fields)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error).strip().splitlines()[0], field="train") from error
+
+
+def training_fields(config: PreferenceConfig) -> dict[str, Any]:
+    """The fields of a configuration that a recipe's `train` may hold, as YAML can write them."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        value = value.value if isinstance(value, enum.Enum) else value
+        if field.init and field.name not in _ELSEWHERE and _is_plain(value):
+            found[field.name] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
+def check_training_fields(fields: dict[str, Any], section: str) -> None:
+    """Refuse keys that PreferenceConfig does not have, and values of another type."""
+    hints = typing.get_type_hints(PreferenceConfig)
+    known = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
+    for key, value in fields.items():
+        if key in _ELSEWHERE:
+            raise InputError(
+                "this is not set here", field=f"{section}.{key}", mend=f"Set {_ELSEWHERE[key]} instead."
+            )
+        if key not in known:
+            raise InputError("unknown key", field=f"{section}.{key}", mend=_nearest(key, known))
+        try:
+            TypeAdapter(_without_enums(hints[key])).validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise InputError(f"{message}, got {value!r}", field=f"{section}.{key}") from None
+        except Exception:
+            continue
+
+
+def _without_enums(hint: Any) -> Any:
+    """str | SomeEnum is written as a string in YAML."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [o for o in typing.get_args(hint) if not (isinstance(o, type) and issubclass(o, enum.Enum))]
+        return typing.Union[tuple(options)] if options else str  # noqa: UP007
+    return str if isinstance(hint, type) and issubclass(hint, enum.Enum) else hint
+
+
+def _check_together(recipe: Recipe) -> None:
+    model = recipe.model
+    if (model.path is None) == (model.config is None):
+        raise InputError(
+            "give either model.path or model.config", field="model", mend="One of the two, not both."
+        )
+    if not recipe.data.train:
+        raise InputError(
+            "no training data", field="data.train", mend="Name a file, e.g. data.train=pairs.jsonl"
+        )
+    if model.config is not None and model.tokenizer is None and recipe.sft is None:
+        raise InputError(
+            "a model made from a configuration has no tokenizer beside it",
+            field="model.tokenizer",
+            mend="Name a tokenizer folder or hub id.",
+        )
+    if recipe.sft is not None and model.config is None:
+        raise InputError("sft starts from a configuration", field="sft", mend="Give model.config.")
+    if model.quantization is not None:
+        raise InputError(
+            "quantised training is not supported yet", field="model.quantization", mend="Set it to null."
+        )
+    if recipe.reference.cache_dir is not None:
+        raise InputError(
+            "the reference cache is not supported yet", field="reference.cache_dir", mend="Set it to null."
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats that people write (1e-6), and no key twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int | None]]:
+    """A YAML file's content, and the line of each dotted key.
+
+    Raises:
+        InputError: no such file, no YAML, a key that stands twice, or no mapping at the top.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the recipe cannot be read: {getattr(error, 'strerror', None) or error}", file=path
+        ) from None
+    lines: dict[str, int | None] = {}
+    try:
+        node = yaml.compose(text, _Loader)
+        _collect_lines(node, "", lines, str(path))
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        line = mark.line + 1 if mark else None
+        raise InputError(f"this is not YAML: {problem}", file=path, line=line) from None
+    if not isinstance(content, dict):
+        raise InputError("a recipe is a mapping of sections", file=path, mend="See recipes/ for examples.")
+    return content, lines
+
+
+def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int | None], file: str) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
+        if name in lines:
+            raise InputError(
+                f"the key stands twice, first in line {lines[name]}", file=file, line=line, field=name
+            )
+        lines[name] = line
+        _collect_lines(value, f"{name}.", lines, file)
+
+
+def _apply(content: dict[str, Any], override: str) -> str:
+    """Set `key.path=value` in nested dictionaries; returns the dotted key."""
+    key, sign, value = override.partition("=")
+    parts = key.split(".")
+    if not sign or not all(parts):
+        raise InputError(f"'{override}' is not key.path=value", mend="For example train.max_steps=10")
+    try:
+        parsed = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"the value is not YAML: {error}", field=key) from None
+    place = content
+    for part in parts[:-1]:
+        if place.get(part) is None:
+            place[part] = {}
+        place = place[part]
+        if not isinstance(place, dict):
+            raise InputError(f"'{part}' is not a section", field=key)
+    place[parts[-1]] = parsed
+    return key
+
+
+def _first_error(error: ValidationError, file: str | None, lines: dict[str, int | None]) -> InputError:
+    first = error.errors()[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    mend = None
+    problem = first["msg"]
+    if first["type"] == "extra_forbidden":
+        problem, mend = "unknown key", _nearest(parts[-1], _known_keys(parts[:-1]))
+    elif first["type"] == "missing":
+        problem = "this key is needed"
+    elif "input" in first and not isinstance(first["input"], dict):
+        problem = f"{problem}, got {first['input']!r}"
+    return InputError(problem, file=file, line=_line(key, lines), field=key, mend=mend)
+
+
+def _known_keys(path: list[str]) -> set[str]:
+    section: Any = Recipe
+    for part in path:
+        hint = section.model_fields[part].annotation
+        options = [
+            o for o in (hint, *typing.get_args(hint)) if isinstance(o, type) and issubclass(o, Section)
+        ]
+        section = options[0]
+    return set(section.model_fields)
+
+
+def _line(key: str, lines: dict[str, int | None]) -> int | None:
+    """The line of a key, or of the nearest section around it."""
+    while key:
+        if key in lines:
+            return lines[key]
+        key = key.rpartition(".")[0]
+    return None
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return (
+        f"Known: {', '.join(sorted(known))}." if len(known) <= 20 else "See PreferenceConfig for its fields."
+    )

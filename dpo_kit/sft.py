@@ -1,0 +1,111 @@
+"""Plain text -> a tokenizer and a policy trained on it: where a run from a configuration starts.
+
+A document is a sequence without a rejected reply: the trainer, the tree and the kernel are the same
+as for pairs, with the `sft` loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dpo_kit.errors import InputError
+from dpo_kit.models import load_model
+from dpo_kit.recipe import Recipe, SftSection, make_training_config
+from dpo_kit.tokenization import train_byte_level_bpe
+from dpo_kit.trainer import PreferenceTrainer
+
+
+def read_corpus(paths: Sequence[str]) -> list[str]:
+    """The documents of text files, one a line, in order; empty lines are none.
+
+    Raises:
+        InputError: a file is not there, is not UTF-8, or there is no document at all.
+    """
+    documents = []
+    for path in paths:
+        try:
+            documents += [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            problem = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"the corpus cannot be read: {problem}", file=path, field="sft.corpus") from None
+    if not documents:
+        raise InputError("there is no text in the corpus", file=paths[0], field="sft.corpus")
+    return documents
+
+
+def learn_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts BOS before every text, as the policy sees it in training."""
+    tokenizer = train_byte_level_bpe(documents, vocabulary)
+    bos, bos_id = str(tokenizer.bos_token), int(tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+    )
+    return tokenizer
+
+
+def text_rows(
+    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, int]:
+    """Documents -> rows of ids for the `sft` loss, and how many were cut at `max_length` tokens."""
+    cut = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal cut
+        encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        for number, ids in enumerate(encoded, 1):
+            whole = [*ids, tokenizer.eos_token_id]
+            cut += len(whole) > max_length - 1
+            yield {
+                "prompt_ids": [tokenizer.bos_token_id],
+                "chosen_ids": whole[: max_length - 1],
+                "source": f"document {number}",
+            }
+
+    return Dataset.from_list(list(rows())), cut
+
+
+def train_sft(
+    section: SftSection, recipe: Recipe, folder: Path, *, resume: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, float]]:
+    """Train tokenizer and policy on the corpus; `folder`/model holds both afterwards.
+
+    Args:
+        section: what to train on.
+        recipe: its model section gives the configuration and the seed comes from its train section.
+        folder: a run folder of its own.
+        resume: a checkpoint of this stage to go on from.
+
+    Returns:
+        The policy, the tokenizer, and figures of the stage.
+    """
+    documents = read_corpus(section.corpus)
+    tokenizer = learn_tokenizer(documents, section.vocabulary)
+    seed = int(recipe.train.get("seed", 42))
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    model = load_model((recipe.model.config or {}) | special, seed=seed)
+    dataset, cut = text_rows(documents, tokenizer, section.max_length)
+    settings = {"seed": seed, "save_strategy": "no"} | section.train
+    config = make_training_config(settings | {"output_dir": str(folder), "loss": "sft"})
+    trainer = PreferenceTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    result = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "model"))
+    figures = {
+        "sft/runtime": float(result.metrics["train_runtime"]),
+        "sft/loss": float(result.metrics["train_loss"]),
+        "sft/documents": float(len(dataset)),
+        "sft/documents_cut": float(cut),
+    }
+    return model, tokenizer, figures
