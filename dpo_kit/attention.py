@@ -182,6 +182,10 @@ def tree_attention(
             f"{type(tree).__name__}, attention_mask={type(attention_mask).__name__}, dropout={dropout}"
         )
     window = sliding_window if sliding_window is not None and tree.max_position >= sliding_window else None
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        # The processor's fused attention is several times slower in low precision, backward above all.
+        query, key, value = query.float(), key.float(), value.float()
     query_TF, key_TF, value_TF = (_rows(x) for x in (query, key, value))
     outputs = []
     for bucket in tree.buckets:
@@ -204,7 +208,7 @@ def tree_attention(
             out_BHQD = _written_out(query_BHQD, key_BGKD, value_BGKD, mask, scaling, softcap, s_aux)
         outputs.append(out_BHQD.transpose(1, 2).flatten(0, 1))
     out_THD = torch.cat(outputs).index_select(0, tree.output_index)
-    return out_THD.unsqueeze(0), None
+    return out_THD.unsqueeze(0).to(dtype), None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -124,6 +124,29 @@ def load_model(
         raise InputError(_first_line(error), file=source, field="model.path") from error
 
 
+def check_length(model: nn.Module, max_length: int | None, longest: int) -> None:
+    """Refuse sequences that the model has no positions for.
+
+    Args:
+        model: a causal LM.
+        max_length: the run's limit, for the message.
+        longest: tokens of the longest sequence.
+
+    Raises:
+        InputError: the positions are a learned table (GPT-2, OPT), and it is shorter. Rotary positions
+            go on beyond what the model has seen; whether that is wise is the user's decision.
+    """
+    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    words = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    tables = [m for m in unwrap(model).modules() if isinstance(m, nn.Embedding) and m is not words]
+    if limit is not None and longest > limit and any(t.num_embeddings >= limit for t in tables):
+        raise InputError(
+            f"a sequence has {longest} tokens (limit {max_length}), and the model has {limit} positions",
+            field="data.max_length",
+            mend=f"Set it to {limit} or less.",
+        )
+
+
 def _check_folder(source: str | Path) -> None:
     """A path that looks local and is not there is a typing error, not a hub id."""
     text = str(source)

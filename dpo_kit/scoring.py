@@ -160,7 +160,7 @@ def _difference(model: nn.Module, pairs: list[PairTokens], layout: Layout, low_p
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tree_attention(model) if layout == "tree" else contextlib.nullcontext():
+        with torch.no_grad(), (tree_attention if layout == "tree" else plain_attention)(model):
             expected = full_logit_logprobs(model, pairs)
             found = sequence_logprobs(model, batch.to(expected.device)).entries
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:

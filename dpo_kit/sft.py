@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_kit.errors import InputError
 from dpo_kit.models import load_model
@@ -72,19 +72,16 @@ def text_rows(
     return Dataset.from_list(list(rows())), cut
 
 
-def train_sft(
-    section: SftSection, recipe: Recipe, folder: Path, *, resume: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, float]]:
+def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> dict[str, float]:
     """Train tokenizer and policy on the corpus; `folder`/model holds both afterwards.
 
     Args:
         section: what to train on.
         recipe: its model section gives the configuration and the seed comes from its train section.
         folder: a run folder of its own.
-        resume: a checkpoint of this stage to go on from.
 
     Returns:
-        The policy, the tokenizer, and figures of the stage.
+        Figures of the stage.
     """
     documents = read_corpus(section.corpus)
     tokenizer = learn_tokenizer(documents, section.vocabulary)
@@ -100,12 +97,12 @@ def train_sft(
     settings = {"seed": seed, "save_strategy": "no"} | section.train
     config = make_training_config(settings | {"output_dir": str(folder), "loss": "sft"})
     trainer = PreferenceTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
-    result = trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(str(folder / "model"))
-    figures = {
+    result = trainer.train()
+    trainer.save_model(str(folder / "model.writing"))
+    (folder / "model.writing").rename(folder / "model")
+    return {
         "sft/runtime": float(result.metrics["train_runtime"]),
         "sft/loss": float(result.metrics["train_loss"]),
         "sft/documents": float(len(dataset)),
         "sft/documents_cut": float(cut),
     }
-    return model, tokenizer, figures

@@ -36,6 +36,11 @@ from dpo_kit.tokenization import tokenize_pairs
 # Rows of the training data among which the start-up check looks for its probe.
 _PROBE_ROWS = 256
 
+_STOPPED = (
+    "The weights are those of the step before and the newest checkpoint is kept. "
+    "A smaller learning rate, more warm-up or fp32 may mend it."
+)
+
 
 def _tokenized(
     dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig
@@ -196,22 +201,24 @@ class PreferenceTrainer(Trainer):
             bad = [batch.sources[i] or f"pair {i}" for i in (~finite).nonzero().flatten().tolist()]
             raise TrainingError(
                 f"the loss is not finite at step {self.state.global_step + 1}, on {len(bad)} of "
-                f"{batch.num_pairs} pairs: {', '.join(bad[:5])}. The weights are those of the step before; the "
-                f"newest checkpoint is kept. A smaller learning rate, more warm-up or fp32 may mend it."
+                f"{batch.num_pairs} pairs: {', '.join(bad[:5])}. {_STOPPED}"
             )
         if not (first and self.reference.is_policy and logps.reference_chosen is not None):
             return
-        values = [(logps.chosen, logps.reference_chosen), (logps.rejected, logps.reference_rejected)]
         allowed = 1e-2 if self.args.bf16 or self.args.fp16 or self._low_precision else 1e-4
-        for policy, reference in values:
+        for policy, reference in (
+            (logps.chosen, logps.reference_chosen),
+            (logps.rejected, logps.reference_rejected),
+        ):
             if policy is None or reference is None:
                 continue
             difference = (policy - reference).abs() / reference.abs().clamp(min=1)
             worst = int(difference.argmax())
             if difference[worst] > allowed:
                 raise TrainingError(
-                    f"at step 0 the policy must be the reference, but on {batch.sources[worst] or 'a pair'} its "
-                    f"log-prob is {policy[worst].item():.6g} and the reference's {reference[worst].item():.6g}"
+                    "at step 0 the policy must be the reference, but on "
+                    f"{batch.sources[worst] or 'a pair'} its log-prob is {policy[worst].item():.6g} and "
+                    f"the reference's {reference[worst].item():.6g}"
                 )
 
     @property
@@ -265,8 +272,7 @@ class PreferenceTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise TrainingError(
-                f"the gradient is not finite at step {self.state.global_step + 1}. The weights are those of the "
-                "step before; the newest checkpoint is kept. A smaller learning rate or fp32 may mend it."
+                f"the gradient is not finite at step {self.state.global_step + 1}. {_STOPPED}"
             )
         return norm
 

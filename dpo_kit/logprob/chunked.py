@@ -177,7 +177,8 @@ def _to_logit_gradient(
             capped = block.log().add_(lse[rows, None]).div_(softcap).clamp_(-1, 1)
             slope = 1 - capped.square()
         block.mul_(-grad_C1[rows])
-        block.scatter_add_(1, targets[rows, None], grad_C1[rows])
+        one_hot = torch.arange(len(block), device=block.device) * block.shape[1] + targets[rows]
+        block.view(-1).index_add_(0, one_hot, grad_C1[rows].view(-1).to(block.dtype))
         if softcap is not None:
             block.mul_(slope)
         if block.dtype != probs.dtype:

@@ -7,7 +7,15 @@ out are described at `load_pairs`.
 
 from dpo_kit.pairs.formats import register_format
 from dpo_kit.pairs.inspection import inspect_pairs
-from dpo_kit.pairs.loading import load_pairs, read_pairs
+from dpo_kit.pairs.loading import load_pairs, load_with_report, read_pairs
 from dpo_kit.pairs.tally import PairsReport, Problem
 
-__all__ = ["PairsReport", "Problem", "inspect_pairs", "load_pairs", "read_pairs", "register_format"]
+__all__ = [
+    "PairsReport",
+    "Problem",
+    "inspect_pairs",
+    "load_pairs",
+    "load_with_report",
+    "read_pairs",
+    "register_format",
+]

@@ -47,6 +47,13 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "er
 
     Raises `InputError` for anything else that is wrong with the sources, whatever `invalid` says.
     """
+    return load_with_report(sources, format=format, invalid=invalid)[0]
+
+
+def load_with_report(
+    sources: Sources, *, format: str = "auto", invalid: Invalid = "error"
+) -> tuple[Dataset, PairsReport]:
+    """What `load_pairs` loads, and the account of the loading. Raises as `load_pairs` does."""
     import pyarrow
     from datasets import Dataset
 
@@ -59,7 +66,7 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "er
         batches.append(pyarrow.RecordBatch.from_pylist(rows, schema))
     table = pyarrow.Table.from_batches(batches, schema)
     absent = [name for name in EXTRAS if table[name].null_count == len(table)]
-    return Dataset(table.drop_columns(absent))
+    return Dataset(table.drop_columns(absent)), report
 
 
 def read_pairs(

@@ -1,0 +1,187 @@
+"""The command line: parses and calls. What a command does stands in the module it calls.
+
+Exit status: 0 done, 1 failed, 2 the user's input was wrong. No traceback without --debug.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Offline preference optimisation: DPO and its family.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
+app.add_typer(data_app, name="data")
+
+Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or hf://owner/name@split.")]
+FormatOption = Annotated[str, typer.Option("--format", help="Shape of the rows; auto looks at them.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+_debug = False
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, evaluate, and write the run folder."""
+    from dpo_kit.recipe import Recipe
+    from dpo_kit.run import run_recipe
+
+    loaded = Recipe.load(recipe, overrides or [])
+    result = run_recipe(loaded, resume=resume, say=_silent if as_json else _say)
+    if as_json:
+        print(json.dumps({"folder": str(result.folder), **result.summary}))
+        return
+    _print_summary(result.summary)
+    _say(f"run folder: {result.folder}" + (f"   report: {result.page}" if result.page else ""))
+
+
+@app.command()
+def logps(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a causal LM.")],
+    sources: Sources,
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
+    format: FormatOption = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: beside the model.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    max_length: Annotated[int | None, typer.Option(help="Leave out longer pairs; default: none.")] = None,
+    invalid: Annotated[str, typer.Option(help="Unusable rows: drop (and say so) or error.")] = "drop",
+    tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
+) -> None:
+    """Log-probs of both replies of every pair, to a parquet file."""
+    from dpo_kit.logps import write_logps
+
+    write_logps(
+        model,
+        sources,
+        out,
+        format=format,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        max_length=max_length,
+        invalid=invalid,
+        token_budget=tokens,
+        say=_say,
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for a comparison.")] = None,
+) -> None:
+    """Page and pictures of one run, or of several side by side."""
+    from dpo_kit.report import write_comparison, write_report
+
+    if len(runs) == 1 and out is None:
+        page = write_report(runs[0])
+    else:
+        page = write_comparison(runs, out or Path("comparison"))
+    print(page)
+
+
+@data_app.command("inspect")
+def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = False) -> None:
+    """What is in preference data: shapes, counts, lengths, and rows that cannot be used."""
+    from dpo_kit.pairs import inspect_pairs
+
+    found = inspect_pairs(sources, format=format)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        print(found.summary())
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """The table at the end of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="run summary", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for label, value in summary_rows(summary):
+        table.add_row(label, value)
+    Console(stderr=True).print(table)
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Labels and values of the figures that a run has, in the order a person asks for them."""
+    forms = [
+        ("eval/accuracy", "held-out accuracy", "{:.3f}"),
+        ("eval/accuracy_ceiling", "its ceiling (label noise)", "{:.3f}"),
+        ("eval/reward_before", "true reward of samples, before", "{:+.2f}"),
+        ("eval/reward_after", "true reward of samples, after", "{:+.2f}"),
+        ("eval/kl", "KL to the reference, nats", "{:.2f}"),
+        ("eval/loss", "held-out loss", "{:.4f}"),
+        ("sft/runtime", "time of SFT, s", "{:.0f}"),
+        ("train_runtime", "time of preference training, s", "{:.0f}"),
+        ("pairs_per_second", "pairs per second", "{:.1f}"),
+        ("tokens_saved_share", "tokens saved by the tree", "{:.1%}"),
+        ("peak_memory_bytes", "peak memory, GiB", "{:.2f}"),
+    ]
+    rows = []
+    for key, label, form in forms:
+        if key in summary:
+            value = summary[key] / 2**30 if key == "peak_memory_bytes" else summary[key]
+            rows.append((label, form.format(value)))
+    return rows
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    """Nothing: a program reads the output."""
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {message}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with its exit status."""
+    from dpo_kit.errors import DpoKitError
+
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    try:
+        app(args=arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+    except DpoKitError as error:
+        if _debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        sys.exit(error.exit_status)
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        _say(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)")
+        sys.exit(1)

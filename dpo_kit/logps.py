@@ -1,0 +1,83 @@
+"""Pairs on disk + a model -> a parquet file of log-probs (`dpo-kit logps`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+
+from dpo_kit.errors import InputError
+from dpo_kit.evaluation import score_pairs
+from dpo_kit.models import check_length, load_model
+from dpo_kit.pairs import load_with_report
+from dpo_kit.tokenization import load_tokenizer, tokenize_pairs
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def write_logps(
+    model: str,
+    sources: Sequence[str],
+    out: Path,
+    *,
+    format: str = "auto",
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    max_length: int | None = None,
+    invalid: str = "drop",
+    token_budget: int = 4096,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write a row per pair: source, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens.
+
+    Args:
+        model: folder or hub id.
+        sources: as `load_pairs` takes them.
+        out: the parquet file; written whole, then renamed.
+        format: shape of the rows.
+        tokenizer: folder or hub id; default: beside the model.
+        dtype: of the weights.
+        max_length: longer pairs are left out, and counted; None for no limit.
+        invalid: what becomes of unusable rows, "drop" (and say so) or "error".
+        token_budget: tokens of one forward pass.
+        say: gets lines of progress.
+
+    Raises:
+        InputError: wrong data, model or options.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'", field="--dtype", mend=f"Known: {', '.join(_DTYPES)}.")
+    if not out.parent.is_dir():
+        raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
+    rows, report = load_with_report(sources, format=format, invalid=invalid)  # type: ignore[arg-type]
+    say(report.summary())
+    policy = load_model(model, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenized = tokenize_pairs(rows, load_tokenizer(tokenizer or model), max_length=max_length)
+    data = tokenized.dataset
+    for kind, count in tokenized.counts.items():
+        if count and kind not in ("rows", "kept"):
+            say(f"{kind}: {count} of {tokenized.counts['rows']} pairs ({', '.join(tokenized.places[kind])})")
+    longest = max(
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in data
+    )
+    check_length(policy, max_length, longest)
+    done = 0
+
+    def progress(pairs: int) -> None:
+        nonlocal done
+        before, done = done, done + pairs
+        if done // 256 > before // 256 or done == len(data):
+            say(f"scored {done} of {len(data)} pairs")
+
+    columns, (_, reason) = score_pairs(policy, data, token_budget=token_budget, progress=progress)
+    if reason:
+        say(f"{reason}; separate padded sequences were used")
+    table = pyarrow.table({"source": list(data["source"]), **columns})
+    written = out.with_name(f".{out.name}.writing")
+    pyarrow.parquet.write_table(table, written)
+    os.replace(written, out)
+    say(f"wrote {len(data)} rows to {out}")

@@ -1,0 +1,332 @@
+"""Carry a recipe out: load, train, evaluate, report. What is left is the run folder.
+
+recipe.yaml environment.json metrics.jsonl summary.json samples.jsonl checkpoints/ model/
+report.html plots/, and sft/ where the policy was made from a corpus
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.evaluation import load_prompts, load_reward
+from dpo_kit.evaluation.kl import sequence_kl
+from dpo_kit.evaluation.rewards import RewardFunction
+from dpo_kit.evaluation.sampling import Prompt, Sample, sample_replies
+from dpo_kit.models import check_length, load_model, use_plain_attention
+from dpo_kit.pairs import load_with_report
+from dpo_kit.recipe import Recipe
+from dpo_kit.run_folder import (
+    describe_environment,
+    newest_checkpoint,
+    peak_memory_bytes,
+    put_aside,
+    write_text,
+)
+from dpo_kit.sft import train_sft
+from dpo_kit.tokenization import TokenizedPairs, load_tokenizer, tokenize_pairs
+from dpo_kit.trainer import PreferenceTrainer
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        folder: the run folder.
+        summary: what summary.json holds.
+        page: the report, where one was made.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    page: Path | None = None
+
+
+@dataclass
+class _Evaluation:
+    """Samples on the held-out prompts, before and after; `reward` is None where the recipe has none."""
+
+    prompts: list[Prompt]
+    reward: RewardFunction | None
+    before: list[Sample] = field(default_factory=list)
+    after: list[Sample] = field(default_factory=list)
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunResult:
+    """Train as a recipe says, evaluate, and write the run folder.
+
+    Args:
+        recipe: checked.
+        resume: go on from the newest checkpoint, or start where there is none. Without it an earlier
+            run in the same folder is put aside under another name, never overwritten.
+        say: gets lines of progress.
+
+    Raises:
+        InputError: data, model and recipe do not fit together.
+        TrainingError: training had to stop.
+    """
+    config = recipe.training_config()
+    folder = Path(str(config.output_dir))
+    # Everything that can be wrong with the input is found before anything is written.
+    evaluation = _prepare_evaluation(recipe)
+    rows = {split: _read(recipe, split, say) for split in ("train", "eval")}
+    if not resume and (moved := put_aside(folder)):
+        say(f"the earlier run in {folder} is now {moved}")
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, tokenizer, figures = _start_policy(recipe, folder, resume, say)
+    data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
+    check_length(policy, config.max_length, _longest(data))
+    trainer = _make_trainer(recipe, config, policy, tokenizer, data)
+    resolved = recipe.resolved(config)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
+    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    checkpoint = newest_checkpoint(folder) if resume else None
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    start = _start_of(trainer, recipe, policy, bool(evaluation.prompts))
+    evaluation.before = _sample(start, tokenizer, evaluation, recipe, say, "before")
+    figures |= _train(trainer, checkpoint, say)
+    figures |= _measure(trainer, start, tokenizer, evaluation, recipe, data["eval"], say)
+    trainer.save_model(str(folder / "model"))
+    write_text(folder / "summary.json", json.dumps(figures, indent=2))
+    return RunResult(folder, figures, _report(recipe, folder, say))
+
+
+def _prepare_evaluation(recipe: Recipe) -> _Evaluation:
+    prompts = load_prompts(recipe.eval.prompts, recipe.eval.max_prompts) if recipe.eval.prompts else []
+    reward = load_reward(recipe.eval.reward) if recipe.eval.reward else None
+    return _Evaluation(prompts, reward)
+
+
+def _read(recipe: Recipe, split: str, say: Say) -> Dataset | None:
+    sources = getattr(recipe.data, split)
+    if not sources:
+        return None
+    rows, report = load_with_report(sources, format=recipe.data.format, invalid=recipe.data.invalid)
+    say(f"{split}: {report.kept} of {report.read} pairs")
+    if report.kept < report.read:
+        say(report.summary())
+    return rows
+
+
+def _start_policy(
+    recipe: Recipe, folder: Path, resume: bool, say: Say
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The policy before the first preference step, its tokenizer, and figures of how it was made."""
+    dtype = getattr(torch, recipe.model.dtype)
+    if recipe.sft is not None:
+        done, figures = folder / "sft" / "model", {}
+        if not done.exists():
+            say("training the policy on the corpus")
+            figures = train_sft(recipe.sft, recipe, folder / "sft")
+        return load_model(done, dtype), load_tokenizer(done), figures
+    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
+    source = recipe.model.path if recipe.model.path is not None else recipe.model.config
+    assert source is not None
+    policy = load_model(source, dtype, seed=int(recipe.train.get("seed", 42)))
+    rows = policy.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}",
+            field="model.tokenizer",
+            mend="Use the model's own tokenizer, or a configuration with a larger vocab_size.",
+        )
+    return policy, tokenizer, {}
+
+
+def _tokenize(
+    recipe: Recipe, rows: Dataset | None, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> TokenizedPairs | None:
+    if rows is None:
+        return None
+    section = recipe.data
+    found = tokenize_pairs(
+        rows,
+        tokenizer,
+        max_length=section.max_length,
+        overlong=section.overlong,
+        chat_template_kwargs=section.chat_template_kwargs,
+        num_proc=section.num_proc,
+        cache_dir=section.cache_dir,
+    )
+    for kind, count in found.counts.items():
+        if count and kind not in ("rows", "kept"):
+            places = ", ".join(found.places.get(kind, []))
+            say(f"{kind}: {count} of {found.counts['rows']} pairs ({places}{', ...' * (count > 5)})")
+    return found
+
+
+def _longest(data: dict[str, TokenizedPairs | None]) -> int:
+    """Tokens of the longest sequence of all splits."""
+    longest = 0
+    for found in data.values():
+        for row in found.dataset if found is not None else ():
+            reply = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            longest = max(longest, len(row["prompt_ids"]) + reply)
+    return longest
+
+
+def _make_trainer(
+    recipe: Recipe,
+    config: PreferenceConfig,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: dict[str, TokenizedPairs | None],
+) -> PreferenceTrainer:
+    lora = None
+    if recipe.model.lora is not None:
+        from peft import LoraConfig
+
+        try:
+            lora = LoraConfig(**({"task_type": "CAUSAL_LM"} | recipe.model.lora))
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error), field="model.lora") from error
+    reference = None
+    if recipe.reference.path is not None:
+        reference = load_model(recipe.reference.path, getattr(torch, recipe.model.dtype))
+    train, held_out = data["train"], data["eval"]
+    return PreferenceTrainer(
+        policy,
+        reference,
+        config,
+        train.dataset if train else None,
+        held_out.dataset if held_out else None,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+def _start_of(
+    trainer: PreferenceTrainer, recipe: Recipe, policy: PreTrainedModel, sampled: bool
+) -> PreTrainedModel | None:
+    """The policy as it is before training, for samples and KL; the reference where that is the same."""
+    if not sampled:
+        return None
+    if trainer.reference.is_policy:
+        return trainer.reference.model  # type: ignore[return-value]
+    import copy
+
+    start = copy.deepcopy(policy).eval().requires_grad_(False)
+    use_plain_attention(start)
+    return start
+
+
+def _sample(
+    model: Any, tokenizer: Any, evaluation: _Evaluation, recipe: Recipe, say: Say, when: str
+) -> list[Sample]:
+    if not evaluation.prompts:
+        return []
+    section = recipe.eval
+    say(f"sampling on {len(evaluation.prompts)} held-out prompts, {when}")
+    return sample_replies(
+        model,
+        tokenizer,
+        evaluation.prompts,
+        samples=section.samples,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        batch_size=section.batch_size,
+        seed=section.seed,
+    )
+
+
+def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dict[str, Any]:
+    if trainer.eval_dataset is not None:
+        # The first point of the held-out curves: the policy before it was trained.
+        trainer.evaluate()
+    say("training on the pairs")
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    runtime = float(result.metrics["train_runtime"])
+    return {
+        "train_runtime": runtime,
+        "train_loss": float(result.metrics["train_loss"]),
+        "steps": trainer.state.global_step,
+        "pairs_per_second": float(result.metrics["train_samples_per_second"]),
+        "tokens_saved_share": trainer.tokens_saved_share,
+        "layout": trainer.layout,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+    }
+
+
+def _measure(
+    trainer: PreferenceTrainer,
+    start: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: _Evaluation,
+    recipe: Recipe,
+    held_out: TokenizedPairs | None,
+    say: Say,
+) -> dict[str, Any]:
+    """Figures on held-out pairs and prompts."""
+    figures: dict[str, Any] = {}
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        figures |= {f"eval/{k[len('eval_') :]}": v for k, v in metrics.items() if k.startswith("eval_")}
+        if "eval/rewards/accuracies" in figures:
+            figures["eval/accuracy"] = figures["eval/rewards/accuracies"]
+        if (ceiling := _ceiling(held_out.dataset)) is not None:
+            figures["eval/accuracy_ceiling"] = ceiling
+    if not evaluation.prompts:
+        return figures
+    evaluation.after = _sample(trainer.model, tokenizer, evaluation, recipe, say, "after")
+    if recipe.eval.temperature == 1.0 and recipe.eval.top_p == 1.0:
+        kl = sequence_kl(trainer.model, start, evaluation.after)  # type: ignore[arg-type]
+        figures["eval/kl"] = float(kl.mean())
+    rewards = _rewards(evaluation)
+    for name, values in rewards.items():
+        figures[f"eval/reward_{name}"] = sum(values) / len(values)
+    lines = []
+    for i, (before, after) in enumerate(zip(evaluation.before, evaluation.after, strict=True)):
+        line = {"prompt": before.prompt, "before": before.reply, "after": after.reply}
+        lines.append(line | {f"reward_{name}": values[i] for name, values in rewards.items()})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(Path(str(trainer.args.output_dir)) / "samples.jsonl", text)
+    return figures
+
+
+def _rewards(evaluation: _Evaluation) -> dict[str, list[float]]:
+    """The true reward of prompt and reply, before and after."""
+    if evaluation.reward is None:
+        return {}
+    found = {}
+    for name, samples in (("before", evaluation.before), ("after", evaluation.after)):
+        texts = (s.prompt + s.reply if isinstance(s.prompt, str) else s.reply for s in samples)
+        found[name] = [evaluation.reward(text) for text in texts]
+    return found
+
+
+def _ceiling(dataset: Dataset) -> float | None:
+    """Accuracy of the data's own score difference on its own labels: no better rule is known."""
+    if "margin" not in dataset.column_names:
+        return None
+    margins = [m for m in dataset["margin"] if m is not None]
+    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins) if margins else None
+
+
+def _report(recipe: Recipe, folder: Path, say: Say) -> Path | None:
+    if not recipe.report.enabled:
+        return None
+    from dpo_kit.report import write_report
+
+    try:
+        return write_report(folder)
+    except InputError as error:
+        # The run itself is whole; a picture library that is not there must not turn it into a failure.
+        warnings.warn(f"no report was made: {error}", DpoKitWarning, stacklevel=2)
+        return None
