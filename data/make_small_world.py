@@ -24,15 +24,15 @@ from typing import NamedTuple, TypeVar
 from reward import reward
 
 CORPUS_REVIEWS = 10_000
-POOL_REVIEWS = 40_000
+POOL_REVIEWS = 80_000
 """Reviews, none of them in the corpus, out of which pairs with a common prefix are picked."""
-TRAIN_PAIRS = 4_000
+TRAIN_PAIRS = 8_000
 HELDOUT_PAIRS = 500
 HELDOUT_PROMPTS = 200
 PROMPT_WORDS = range(2, 9)
 HELDOUT_SHARE = 0.25
 """Share of the prefixes that are kept out of training."""
-REVIEW_WORDS = range(25, 61)
+REVIEW_WORDS = range(18, 46)
 
 HERE = Path(__file__).resolve().parent
 
@@ -72,8 +72,8 @@ class Grammar:
             self.rules[name] = Rule(alternatives, once=assign == ":=")
 
     def review(self, rng: random.Random) -> tuple[str, float]:
-        """One review, and its latent positivity in [0, 1]: arcsine-distributed, so that most take a side."""
-        positivity = math.sin(rng.random() * math.pi / 2) ** 2
+        """One review, and its latent positivity in [0, 1]: Beta(1/4, 1/4), so that most take a side."""
+        positivity = rng.betavariate(0.25, 0.25)
         text = _Expansion(self, rng, positivity).expand("review", Scope(positive=True, topic=""))
         return _polish(text), positivity
 

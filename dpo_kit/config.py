@@ -37,6 +37,7 @@ class PreferenceConfig(TrainingArguments):
             gives the same log-probs on it.
         max_length: longest prompt plus reply, in tokens; None for no limit.
         overlong: what is done beyond it: "drop", "cut_prompt_left" or "cut_completion_right".
+        per_device_eval_batch_size: pairs planned together in evaluation; the budget holds there too.
         bf16: autocast to bf16. Default: on where the hardware has it.
     """
 
@@ -47,6 +48,7 @@ class PreferenceConfig(TrainingArguments):
     layout: str = "auto"
     max_length: int | None = 1024
     overlong: str = "drop"
+    per_device_eval_batch_size: int = 64
     bf16: bool | None = None  # type: ignore[assignment]
     learning_rate: float = 1e-6
     logging_steps: float = 10

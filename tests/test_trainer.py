@@ -103,8 +103,7 @@ def test_equals_trl(tmp_path):
     peer = trl.DPOTrainer(
         make_model("llama"),
         make_model("llama", seed=9),
-        trl.DPOConfig(str(tmp_path / "trl"), per_device_train_batch_size=8, beta=0.3, use_cpu=True, bf16=False,
-                      report_to="none"),
+        trl.DPOConfig(str(tmp_path / "trl"), beta=0.3, bf16=False, use_cpu=True, report_to="none"),
         train_dataset=dataset,
         processing_class=tokenizer,
     )  # fmt: skip

@@ -1,0 +1,44 @@
+# Every target sets up what it needs on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+RECIPE ?= recipes/small-world.yaml
+ARGS   ?=
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: setup train-dpo test test-slow lint bench data clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt "torch==2.13.0"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[report,ppo,peft,dev]"
+	touch $(READY)
+
+# make train-dpo RECIPE=recipes/hh.yaml ARGS="data.train=my.jsonl model.path=my-model"
+train-dpo: $(READY)
+	$(BIN)/dpo-kit train $(RECIPE) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check dpo_kit tests data benchmarks
+	$(BIN)/ruff format --check dpo_kit tests data benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Speed and memory against TRL on the same work; see benchmarks/README.md.
+bench: $(READY)
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+data: $(READY)
+	$(BIN)/python data/make_small_world.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
