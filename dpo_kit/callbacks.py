@@ -25,7 +25,7 @@ class MetricsFile(TrainerCallback):
         """Start the file anew, or cut it back to the step that the run resumes from."""
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / METRICS_FILE
+        path = Path(str(args.output_dir)) / METRICS_FILE
         kept = _lines_until(path, state.global_step) if state.global_step else []
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".writing")
@@ -44,7 +44,7 @@ class MetricsFile(TrainerCallback):
         # The last line of a run sums it up; that belongs to summary.json.
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        with open(Path(args.output_dir) / METRICS_FILE, "a", encoding="utf-8") as file:
+        with open(Path(str(args.output_dir)) / METRICS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
 

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
     from dpo_kit.errors import DpoKitError
 
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    warnings.showwarning = _show_warning
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:

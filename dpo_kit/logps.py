@@ -55,7 +55,9 @@ def write_logps(
         raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
     rows, report = load_with_report(sources, format=format, invalid=invalid)  # type: ignore[arg-type]
     say(report.summary())
-    policy = load_model(model, getattr(torch, dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_model(model, getattr(torch, dtype))
+    if torch.cuda.is_available():
+        policy.cuda()  # type: ignore[call-arg]
     tokenized = tokenize_pairs(rows, load_tokenizer(tokenizer or model), max_length=max_length)
     data = tokenized.dataset
     for kind, count in tokenized.counts.items():

@@ -35,7 +35,7 @@ class Head:
         softcap: the cap of softcap * tanh(logits / softcap), or None.
     """
 
-    module: nn.Module
+    module: Any
     scale: float
     softcap: float | None
 
@@ -122,6 +122,12 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise InputError(_first_line(error), file=source, field="model.path") from error
+
+
+def embedded_tokens(model: nn.Module) -> int:
+    """Number of token ids that a model has an embedding for."""
+    embeddings: Any = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
 
 
 def check_length(model: nn.Module, max_length: int | None, longest: int) -> None:

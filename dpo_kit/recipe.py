@@ -112,13 +112,13 @@ class Recipe(Section):
     """A whole run. See the sections; `loss` and `train` are checked by what they configure."""
 
     model: ModelSection
-    reference: ReferenceSection = Field(default_factory=ReferenceSection)
+    reference: ReferenceSection = ReferenceSection()
     data: DataSection
     sft: SftSection | None = None
     loss: Any = Field(default_factory=lambda: {"name": "dpo", "beta": 0.1})
     train: dict[str, Any] = Field(default_factory=dict)
-    eval: EvalSection = Field(default_factory=EvalSection)
-    report: ReportSection = Field(default_factory=ReportSection)
+    eval: EvalSection = EvalSection()
+    report: ReportSection = ReportSection()
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -36,7 +36,7 @@ class NoReference:
     """For objectives that look at the policy alone."""
 
     is_policy = False
-    model = None
+    model: nn.Module | None = None
 
     def logprobs(self, batch: MicroBatch) -> None:
         """There are none."""

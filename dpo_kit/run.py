@@ -24,7 +24,7 @@ from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.rewards import RewardFunction
 from dpo_kit.evaluation.sampling import Prompt, Sample, sample_replies
-from dpo_kit.models import check_length, load_model, use_plain_attention
+from dpo_kit.models import check_length, embedded_tokens, load_model, use_plain_attention
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import (
@@ -139,7 +139,7 @@ def _start_policy(
     source = recipe.model.path if recipe.model.path is not None else recipe.model.config
     assert source is not None
     policy = load_model(source, dtype, seed=int(recipe.train.get("seed", 42)))
-    rows = policy.get_input_embeddings().weight.shape[0]
+    rows = embedded_tokens(policy)
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}",

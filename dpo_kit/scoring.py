@@ -13,6 +13,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ def sequence_logprobs(model: nn.Module, batch: MicroBatch, *, impl: str = "auto"
 @contextlib.contextmanager
 def _head_returns_logprobs(head: Head, batch: MicroBatch, impl: str) -> Iterator[list[Tensor]]:
     """Within: the head returns [1, N, 1] log-probs, and also puts the [N] log-probs into the list."""
-    module, scored = head.module, []
+    module: Any = head.module
+    scored: list[Tensor] = []
     own_forward = vars(module).get("forward")
 
     def forward(hidden: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from dpo_kit.callbacks import MetricsFile
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
-from dpo_kit.losses import LogProbs, make_objective
+from dpo_kit.losses import LogProbs, Objective, make_objective
 from dpo_kit.metrics import WeightedMeans, pair_metrics
 from dpo_kit.models import disable_dropout, load_model, use_plain_attention, use_tree_attention
 from dpo_kit.packing import Layout, MicroBatch, PairTokens, plan_step
@@ -102,27 +102,27 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = PreferenceConfig(output_dir="runs/preference") if args is None else args
-        self.objective = make_objective(args.loss)
-        model = load_model(model) if isinstance(model, (str, Path)) else model
+        self.objective: Objective = make_objective(args.loss)
+        policy: nn.Module = model if isinstance(model, nn.Module) else load_model(model)
         if isinstance(ref_model, (str, Path)):
-            ref_model = load_model(ref_model, dtype=next(model.parameters()).dtype)
-        if disable_dropout(model):
+            ref_model = load_model(ref_model, dtype=next(policy.parameters()).dtype)
+        if disable_dropout(policy):
             warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=2)
         train_dataset, eval_dataset = (
             _tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
         )
         self.reference = make_reference(
-            args.reference_mode, model, needed=self.objective.needs_reference, given=ref_model
+            args.reference_mode, policy, needed=self.objective.needs_reference, given=ref_model
         )
         if peft_config is not None:
             from peft import get_peft_model
 
-            model = get_peft_model(model, peft_config)
+            policy = get_peft_model(policy, peft_config)
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
         self._tokens = self._separate_tokens = self._pairs = 0
         self._logged_at, self._logged_pairs = time.perf_counter(), 0
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             data_collator=self._plan,
             train_dataset=train_dataset,
@@ -222,8 +222,13 @@ class PreferenceTrainer(Trainer):
                 )
 
     @property
+    def _policy(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    @property
     def _low_precision(self) -> bool:
-        return next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+        return next(self._policy.parameters()).dtype in (torch.bfloat16, torch.float16)
 
     def compute_loss(
         self,
@@ -319,17 +324,17 @@ class PreferenceTrainer(Trainer):
                     pairs += batch.num_pairs
         self._logged_at += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._take_means("eval").items()}
-        return EvalLoopOutput(predictions=(), label_ids=None, metrics=metrics, num_samples=pairs)
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six per parameter and distinct token, the reference's forward left out."""
         tokens = sum(batch.num_tokens for batch in inputs["micro_batches"])
-        return 6 * tokens * sum(p.numel() for p in self.model.parameters())
+        return 6 * tokens * sum(p.numel() for p in self._policy.parameters())
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where checkpoints/step-N lie."""
-        return Path(self.args.output_dir) / "checkpoints"
+        return Path(str(self.args.output_dir)) / "checkpoints"
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoint_folder / ".writing")

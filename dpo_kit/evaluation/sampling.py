@@ -120,7 +120,9 @@ def sample_replies(
                 width = max(map(len, part))
                 ids = torch.tensor([[pad] * (width - len(p)) + p for p in part], device=device)
                 mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=device)
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                output: Any = model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, generation_config=settings
+                )
                 replies = output[:, width:].tolist()
                 for i, reply in enumerate(replies):
                     place = start + i // samples
