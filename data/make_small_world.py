@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 from reward import reward
 
 CORPUS_REVIEWS = 10_000
-POOL_REVIEWS = 80_000
+POOL_REVIEWS = 110_000
 """Reviews, none of them in the corpus, out of which pairs with a common prefix are picked."""
 TRAIN_PAIRS = 8_000
 HELDOUT_PAIRS = 500
@@ -36,7 +36,7 @@ REVIEW_WORDS = range(18, 46)
 
 HERE = Path(__file__).resolve().parent
 
-Pair = tuple[str, str, str]
+Triple = tuple[str, str, str, str]
 """Prompt and two completions, not labelled yet."""
 Item = TypeVar("Item")
 
@@ -145,7 +145,7 @@ def reviews(grammar: Grammar, rng: random.Random) -> Iterator[str]:
 class Prefixes:
     """A pool of reviews dealt to the prompt lengths in turn and bucketed by their first words.
 
-    A review lies in one bucket only and is used in one pair at most.
+    A review lies in one bucket only and is used at most once.
     """
 
     def __init__(self, pool: list[str], rng: random.Random) -> None:
@@ -157,26 +157,27 @@ class Prefixes:
             self.buckets[n][" ".join(words[:n])].append(" " + " ".join(words[n:]))
 
     def split(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-        """The prefixes that several reviews share, by length and shuffled: for training, and held out."""
+        """The prefixes that three or more reviews share, by length, shuffled: for training and held out."""
         train, heldout = {}, {}
         for n, buckets in self.buckets.items():
-            prefixes = [prefix for prefix, completions in buckets.items() if len(completions) > 1]
+            prefixes = [prefix for prefix, completions in buckets.items() if len(completions) > 2]
             self.rng.shuffle(prefixes)
             cut = round(HELDOUT_SHARE * len(prefixes))
             train[n], heldout[n] = prefixes[cut:], prefixes[:cut]
         return train, heldout
 
-    def pairs(self, prefixes: dict[int, list[str]]) -> dict[int, list[Pair]]:
-        """All pairs of each length, in rounds: a second one of a prefix comes after the first of all."""
-        return {n: self._pairs_in_rounds(n, names) for n, names in prefixes.items()}
+    def triples(self, prefixes: dict[int, list[str]]) -> dict[int, list[Triple]]:
+        """Three completions of one prefix each, by length, in rounds: a second one of a prefix comes after
+        the first of all."""
+        return {n: self._in_rounds(n, names) for n, names in prefixes.items()}
 
-    def _pairs_in_rounds(self, n: int, prefixes: list[str]) -> list[Pair]:
-        rounds: dict[int, list[Pair]] = defaultdict(list)
+    def _in_rounds(self, n: int, prefixes: list[str]) -> list[Triple]:
+        rounds: dict[int, list[Triple]] = defaultdict(list)
         for prefix in prefixes:
             completions = self.buckets[n][prefix]
-            for i in range(0, len(completions) - 1, 2):
-                rounds[i].append((prefix, completions[i], completions[i + 1]))
-        return [pair for i in sorted(rounds) for pair in rounds[i]]
+            for i in range(0, len(completions) - 2, 3):
+                rounds[i].append((prefix, *completions[i : i + 3]))
+        return [triple for i in sorted(rounds) for triple in rounds[i]]
 
 
 def take_evenly(by_length: dict[int, list[Item]], count: int) -> list[Item]:
@@ -188,9 +189,15 @@ def take_evenly(by_length: dict[int, list[Item]], count: int) -> list[Item]:
     return taken
 
 
-def label(pair: Pair, rng: random.Random) -> dict[str, str | float]:
-    """A canonical row whose label follows Bradley-Terry: P(first preferred) = sigmoid(r_1 - r_2)."""
-    prompt, first, second = pair
+def label(triple: Triple, rng: random.Random) -> dict[str, str | float]:
+    """A canonical row from the best and the worst of three completions.
+
+    The label follows Bradley-Terry: P(first preferred) = sigmoid(r_1 - r_2). Of three, because two drawn at
+    random are often so alike that their label is a coin's.
+    """
+    prompt, *completions = triple
+    worst, _, best = sorted(completions, key=lambda completion: reward(prompt + completion))
+    first, second = rng.sample([worst, best], 2)
     margin = reward(prompt + first) - reward(prompt + second)
     if rng.random() >= 1.0 / (1.0 + math.exp(-margin)):
         first, second, margin = second, first, -margin
@@ -204,15 +211,15 @@ def make(seed: int) -> dict[str, str]:
     corpus = list(islice(texts, CORPUS_REVIEWS))
     prefixes = Prefixes(list(islice(texts, POOL_REVIEWS)), rng)
     train_prefixes, heldout_prefixes = prefixes.split()
-    train = take_evenly(prefixes.pairs(train_prefixes), TRAIN_PAIRS)
-    heldout = take_evenly(prefixes.pairs(heldout_prefixes), HELDOUT_PAIRS)
+    train = take_evenly(prefixes.triples(train_prefixes), TRAIN_PAIRS)
+    heldout = take_evenly(prefixes.triples(heldout_prefixes), HELDOUT_PAIRS)
     prompts = take_evenly(heldout_prefixes, HELDOUT_PROMPTS)
     for rows in (train, heldout, prompts):
         rng.shuffle(rows)
     return {
         "corpus.txt": "".join(f"{text}\n" for text in corpus),
-        "train.jsonl": _jsonl([label(pair, rng) for pair in train]),
-        "heldout.jsonl": _jsonl([label(pair, rng) for pair in heldout]),
+        "train.jsonl": _jsonl([label(triple, rng) for triple in train]),
+        "heldout.jsonl": _jsonl([label(triple, rng) for triple in heldout]),
         "prompts.jsonl": _jsonl([{"prompt": prompt} for prompt in prompts]),
     }
 

@@ -52,8 +52,7 @@ def test_equals_a_dense_mask(options, given):
     )  # fmt: skip
     expected = dense(query, key, value, tree, **options)
     assert weights is None
-    # The written-out path takes its softmax in fp32, as transformers' own does.
-    tolerance = 1e-6 if {"softcap", "sinks"} & set(options) else 1e-12
+    tolerance = 1e-10
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(
@@ -62,6 +61,21 @@ def test_equals_a_dense_mask(options, given):
         rtol=10 * tolerance,
         atol=10 * tolerance,
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}])
+def test_bf16_is_as_exact_as_a_dense_mask_in_bf16(options):
+    generator = np.random.default_rng(1)
+    trunk = generator.integers(0, 9, 30)
+    tree = build_tree([np.concatenate([trunk, generator.integers(0, 9, n)]) for n in (5, 20, 40)])
+    draw = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1, h, len(tree), 16, generator=draw, dtype=torch.float64) for h in (4, 2, 2)]
+    low = [x.bfloat16() for x in exact]
+    truth = dense(*[x.double() for x in low], tree, **options)
+    window = {"sliding_window": options["window"]} if options else {}
+    found, _ = tree_attention(torch.nn.Identity(), *low, None, tree=plan_tree_attention(tree), **window)
+    naive = dense(*low, tree, **options)
+    assert (found.double() - truth).norm() <= 1.1 * (naive.double() - truth).norm() + 1e-3 * truth.norm()
 
 
 def test_needs_a_plan_and_no_mask_or_dropout():

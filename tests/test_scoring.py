@@ -38,7 +38,9 @@ def test_values_and_gradients_equal_the_plain_definition(family, layout):
     batch = pack_tree(pairs) if layout == "tree" else pack_padded(pairs)
     model.zero_grad()
     found = sequence_logprobs(model, batch).sequences
-    torch.testing.assert_close(found.detach(), expected, rtol=1e-9, atol=1e-9)
+    # Where there is a soft cap, transformers takes the softmax in fp32 whatever the dtype.
+    tolerance = 1e-6 if family == "gemma2" else 1e-9
+    torch.testing.assert_close(found.detach(), expected, rtol=tolerance, atol=tolerance)
     (found * upstream).sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(

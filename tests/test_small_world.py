@@ -115,13 +115,13 @@ def test_polar_words_carry_the_sign_of_their_list_and_all_others_none(grammar: A
 
 def test_the_script_makes_the_shipped_files(tmp_path: Path) -> None:
     command = [sys.executable, str(DATA / "make_small_world.py"), "--out", str(tmp_path / "again")]
-    subprocess.run(command, check=True, timeout=20, capture_output=True)
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
     made = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert made == {path.name: path.read_bytes() for path in WORLD.iterdir()}
 
 
 def test_sizes(corpus: list[str], train: list[dict], heldout: list[dict], prompts: list[str]) -> None:
-    assert (len(corpus), len(train), len(heldout), len(prompts)) == (10_000, 4_000, 500, 200)
+    assert (len(corpus), len(train), len(heldout), len(prompts)) == (10_000, 8_000, 500, 200)
     assert len(set(corpus)) == 10_000
     assert len(set(prompts)) == 200
     assert (WORLD / "corpus.txt").stat().st_size <= 3_000_000
@@ -155,7 +155,7 @@ def test_labels_follow_bradley_terry(train: list[dict], heldout: list[dict]) -> 
         standard_error = math.sqrt(sum(p * (1.0 - p) for p in right)) / len(rows)
         agreeing = statistics.mean(row["margin"] > 0 for row in rows)
         assert abs(agreeing - statistics.mean(right)) < 3.0 * standard_error
-        assert 0.10 < 1.0 - statistics.mean(right) < 0.20
+        assert 0.03 < 1.0 - statistics.mean(right) < 0.10
 
 
 def test_prompts_are_mostly_neutral(train: list[dict], heldout: list[dict], prompts: list[str]) -> None:
@@ -189,9 +189,9 @@ def test_the_language_is_rich_and_clean(corpus: list[str]) -> None:
     assert len(set(re.findall(r"[a-z][a-z'-]*", text.lower()))) > 800
     negated = r"\b(?:not|never|no|hardly|rarely|seldom|without|nothing|lacks|little|less)\b"
     conceding = r"\b(?:although|but|yet|despite|even though|even if|while|for all its)\b"
-    assert sum(bool(re.search(negated, review.lower())) for review in corpus) > 4_000
+    assert sum(bool(re.search(negated, review.lower())) for review in corpus) > 3_000
     assert sum(bool(re.search(conceding, review.lower())) for review in corpus) > 4_000
     assert not re.findall(r"  | [.,;]|[{}|]|\.\.|[.] [a-z]|^[a-z]| $", text, flags=re.MULTILINE)
     assert not re.findall(r"\b[Aa] (?:[aei]|o(?!ne)|u(?!ni|se)|honest|hour)\w*", text)
     assert not re.findall(r"\b[Aa]n (?!honest|hour)[^aeiou]\w*", text)
-    assert all(25 <= len(review.split()) <= 60 and 2 <= review.count(".") <= 5 for review in corpus)
+    assert all(18 <= len(review.split()) <= 45 and 2 <= review.count(".") <= 5 for review in corpus)
