@@ -67,7 +67,7 @@ class Grammar:
             name, assign, body = _groups(r"(\w+[+-]?) (:?=) (.+)", line)
             alternatives = []
             for alternative in body.split("|"):
-                times, phrase = _groups(r"(?:(\d)x\b)?(.*)", alternative.strip())
+                times, phrase = _groups(r"(?:(\d+)x\b)?(.*)", alternative.strip())
                 alternatives += [re.split(r"[{}]", phrase.strip())] * int(times or 1)
             self.rules[name] = Rule(alternatives, once=assign == ":=")
 

@@ -1,12 +1,14 @@
-"""What listens to a training run: the file of metrics."""
+"""What listens to a training run: the file of metrics, and the person at the terminal."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 METRICS_FILE = "metrics.jsonl"
@@ -16,21 +18,26 @@ class MetricsFile(TrainerCallback):
     """Write every logged line to OUTPUT_DIR/metrics.jsonl, one JSON object a line.
 
     A resumed run goes on in the same file: what was logged after the checkpoint it resumes from, and
-    a line that was cut when the run died, are taken out first.
+    a line that was cut when the run died, are taken out first. Any other run starts the file anew.
     """
+
+    def __init__(self) -> None:
+        self._started = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the file anew, or cut it back to the step that the run resumes from."""
-        if not state.is_world_process_zero:
-            return
-        path = Path(str(args.output_dir)) / METRICS_FILE
-        kept = _lines_until(path, state.global_step) if state.global_step else []
+        """Cut the file back to the step that the run resumes from, or start it anew."""
+        if state.is_world_process_zero and (state.global_step or not self._started):
+            path = Path(str(args.output_dir)) / METRICS_FILE
+            self._start(path, _lines_until(path, state.global_step) if state.global_step else [])
+
+    def _start(self, path: Path, lines: list[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".writing")
-        written.write_text("".join(kept), encoding="utf-8")
+        written.write_text("".join(lines), encoding="utf-8")
         os.replace(written, path)
+        self._started = True
 
     def on_log(
         self,
@@ -44,8 +51,74 @@ class MetricsFile(TrainerCallback):
         # The last line of a run sums it up; that belongs to summary.json.
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
-        with open(Path(str(args.output_dir)) / METRICS_FILE, "a", encoding="utf-8") as file:
+        path = Path(str(args.output_dir)) / METRICS_FILE
+        if not self._started:
+            # An evaluation before training, or without any.
+            self._start(path, [])
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar, and a short line for every logged one, both on stderr; no bar where that is no terminal."""
+
+    _SHOWN = (
+        ("loss", "loss", "{:.4f}"),
+        ("rewards/accuracies", "accuracy", "{:.3f}"),
+        ("rewards/margins", "margin", "{:+.3f}"),
+        ("logps/chosen", "log p(chosen)", "{:.1f}"),
+        ("grad_norm", "gradient", "{:.2f}"),
+        ("pairs_per_second", "pairs/s", "{:.1f}"),
+    )
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            disable = True if args.disable_tqdm else None
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, disable=disable, dynamic_ncols=True
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Say how it goes."""
+        if not state.is_world_process_zero or not logs:
+            return
+        prefix = "eval_" if "eval_loss" in logs else ""
+        shown = [
+            f"{label} {form.format(logs[prefix + key])}"
+            for key, label, form in self._SHOWN
+            if prefix + key in logs
+        ]
+        if shown:
+            line = f"step {state.global_step}{' held-out' if prefix else ''}: {', '.join(shown)}"
+            tqdm.write(line, file=sys.stderr)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 the user's input was wrong. No traceback withou
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 import warnings
@@ -170,6 +171,8 @@ def main(arguments: list[str] | None = None) -> None:
     from dpo_kit.errors import DpoKitError
 
     warnings.showwarning = _show_warning
+    # What was left out is said by the commands themselves.
+    logging.getLogger("dpo_kit.pairs").setLevel(logging.ERROR)
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:

@@ -247,7 +247,7 @@ def _sample(
 
 
 def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dict[str, Any]:
-    if trainer.eval_dataset is not None:
+    if trainer.eval_dataset is not None and checkpoint is None:
         # The first point of the held-out curves: the policy before it was trained.
         trainer.evaluate()
     say("training on the pairs")

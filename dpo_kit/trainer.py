@@ -20,9 +20,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from dpo_kit.callbacks import MetricsFile
+from dpo_kit.callbacks import MetricsFile, Progress
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 from dpo_kit.losses import LogProbs, Objective, make_objective
@@ -128,9 +129,11 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), *(callbacks or [])],
+            callbacks=[MetricsFile(), Progress(), *(callbacks or [])],
             optimizers=optimizers,
         )
+        for replaced in (ProgressCallback, PrinterCallback):
+            self.remove_callback(replaced)
         # The mean over a step's pairs is taken in training_step.
         self.model_accepts_loss_kwargs = False
         if self.reference.model is not None:
@@ -187,12 +190,13 @@ class PreferenceTrainer(Trainer):
             token_sequence=batch.entry_sequence,
         )
 
-    def _losses(self, model: nn.Module, batch: MicroBatch, split: str) -> Tensor:
-        """[P] loss of each pair; the metrics are taken in."""
+    def _losses(self, model: nn.Module, batch: MicroBatch, split: str | None) -> Tensor:
+        """[P] loss of each pair; its metrics are taken in where they belong to a split."""
         logps = self._log_probs(model, batch)
         losses = self.objective(logps)
         self._check(batch, logps, losses, first=split == "train" and self.state.global_step == 0)
-        self._means[split].add(pair_metrics(logps, losses, self.objective.beta), batch.weights)
+        if split is not None:
+            self._means[split].add(pair_metrics(logps, losses, self.objective.beta), batch.weights)
         return losses
 
     def _check(self, batch: MicroBatch, logps: LogProbs, losses: Tensor, first: bool) -> None:
@@ -241,8 +245,7 @@ class PreferenceTrainer(Trainer):
         """Mean loss of a planned batch with its graph, all micro-batches at once (for inspection)."""
         batches = [batch.to(self.args.device) for batch in inputs["micro_batches"]]
         weights = torch.cat([batch.weights for batch in batches])
-        losses = torch.cat([self._losses(model, batch, "eval") for batch in batches])
-        self._means["eval"] = WeightedMeans()
+        losses = torch.cat([self._losses(model, batch, None) for batch in batches])
         loss = (losses * weights).sum() / _total(weights)
         return (loss, {"losses": losses}) if return_outputs else loss
 
@@ -255,6 +258,8 @@ class PreferenceTrainer(Trainer):
             The mean loss of this rank's pairs, times ranks over all ranks' weight, detached.
         """
         model.train()
+        if not self._pairs:
+            self._logged_at = time.perf_counter()
         batches: list[MicroBatch] = inputs["micro_batches"]
         weight = _total(torch.cat([batch.weights for batch in batches]).to(self.args.device))
         if self.args.world_size > 1:

@@ -191,6 +191,7 @@ def test_the_language_is_rich_and_clean(corpus: list[str]) -> None:
     conceding = r"\b(?:although|but|yet|despite|even though|even if|while|for all its)\b"
     assert sum(bool(re.search(negated, review.lower())) for review in corpus) > 3_000
     assert sum(bool(re.search(conceding, review.lower())) for review in corpus) > 4_000
+    assert not re.search(r"\d", text)
     assert not re.findall(r"  | [.,;]|[{}|]|\.\.|[.] [a-z]|^[a-z]| $", text, flags=re.MULTILINE)
     assert not re.findall(r"\b[Aa] (?:[aei]|o(?!ne)|u(?!ni|se)|honest|hour)\w*", text)
     assert not re.findall(r"\b[Aa]n (?!honest|hour)[^aeiou]\w*", text)

@@ -195,6 +195,29 @@ def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path):
         trainer.train()
 
 
+def test_lora_trains_the_adapter_alone(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (the peft extra)")
+    model, dataset = make_model("llama"), make_dataset()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = PreferenceTrainer(
+        model,
+        args=PreferenceConfig(
+            str(tmp_path), batch_size=4, max_steps=6, learning_rate=1e-2, bf16=False, logging_steps=1
+        ),
+        train_dataset=dataset,
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0),
+    )
+    trainer.train()
+    assert trainer.layout == "tree"
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] < losses[0]
+    after = trainer.model.get_base_model().state_dict()
+    for name, value in before.items():
+        kept = after.get(name, after.get(name.replace("_proj.weight", "_proj.base_layer.weight")))
+        assert torch.equal(kept, value)
+
+
 def test_dropout_is_off_and_says_so(tmp_path):
     with pytest.warns(DpoKitWarning, match="dropout is off"):
         make_trainer(tmp_path, model=make_model("llama", attention_dropout=0.1)).train()
