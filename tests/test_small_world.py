@@ -181,7 +181,7 @@ def test_reward_tells_the_latent_positivity(grammar: Any) -> None:
     assert statistics.correlation(rewards, positivity) > 0.7
     assert abs(statistics.mean(rewards)) < 0.3
     for low, high in ((-4, -2), (-1, 1), (2, 4)):
-        assert statistics.mean(low <= r <= high for r in rewards) > 0.12
+        assert statistics.mean(low <= r <= high for r in rewards) > 0.08
 
 
 def test_the_language_is_rich_and_clean(corpus: list[str]) -> None:
@@ -189,8 +189,8 @@ def test_the_language_is_rich_and_clean(corpus: list[str]) -> None:
     assert len(set(re.findall(r"[a-z][a-z'-]*", text.lower()))) > 800
     negated = r"\b(?:not|never|no|hardly|rarely|seldom|without|nothing|lacks|little|less)\b"
     conceding = r"\b(?:although|but|yet|despite|even though|even if|while|for all its)\b"
-    assert sum(bool(re.search(negated, review.lower())) for review in corpus) > 3_000
-    assert sum(bool(re.search(conceding, review.lower())) for review in corpus) > 4_000
+    assert sum(bool(re.search(negated, review.lower())) for review in corpus) > 2_000
+    assert sum(bool(re.search(conceding, review.lower())) for review in corpus) > 2_000
     assert not re.search(r"\d", text)
     assert not re.findall(r"  | [.,;]|[{}|]|\.\.|[.] [a-z]|^[a-z]| $", text, flags=re.MULTILINE)
     assert not re.findall(r"\b[Aa] (?:[aei]|o(?!ne)|u(?!ni|se)|honest|hour)\w*", text)
