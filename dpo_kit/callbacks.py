@@ -22,22 +22,21 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._started = False
+        self._before_training: list[str] | None = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Cut the file back to the step that the run resumes from, or start it anew."""
-        if state.is_world_process_zero and (state.global_step or not self._started):
-            path = Path(str(args.output_dir)) / METRICS_FILE
-            self._start(path, _lines_until(path, state.global_step) if state.global_step else [])
-
-    def _start(self, path: Path, lines: list[str]) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(str(args.output_dir)) / METRICS_FILE
+        kept = _lines_until(path, state.global_step) if state.global_step else self._before_training or []
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_suffix(".writing")
-        written.write_text("".join(lines), encoding="utf-8")
+        written.write_text("".join(kept), encoding="utf-8")
         os.replace(written, path)
-        self._started = True
+        self._before_training = None
 
     def on_log(
         self,
@@ -51,12 +50,13 @@ class MetricsFile(TrainerCallback):
         # The last line of a run sums it up; that belongs to summary.json.
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
+        line = json.dumps({"step": state.global_step, **logs}) + "\n"
+        if self._before_training is not None:
+            self._before_training.append(line)
         path = Path(str(args.output_dir)) / METRICS_FILE
-        if not self._started:
-            # An evaluation before training, or without any.
-            self._start(path, [])
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            file.write(line)
 
 
 class Progress(TrainerCallback):

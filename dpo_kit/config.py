@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import DpoKitWarning, InputError
 
 # Tokens of one forward and backward pass where the recipe leaves it to us; larger ones gain little.
 _AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -63,6 +64,20 @@ class PreferenceConfig(TrainingArguments):
         # TrainingArguments would take the columns that its models know, and so none of ours.
         self.remove_unused_columns = False
         super().__post_init__()
+        if self.n_gpu > 1:
+            # nn.DataParallel would scatter a micro-batch whose rows belong together.
+            warnings.warn(
+                f"one process trains on one of {self.n_gpu} GPUs; start with torchrun or accelerate for all",
+                DpoKitWarning,
+                stacklevel=2,
+            )
+            self._n_gpu = 1
+        if self.auto_find_batch_size:
+            raise InputError(
+                "it would change the pairs of a step",
+                field="train.auto_find_batch_size",
+                mend="Lower tokens_per_micro_batch instead: memory falls and the step stays.",
+            )
         self._settle_batch_size()
         tokens = self.tokens_per_micro_batch
         if tokens != "auto" and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
@@ -78,9 +93,7 @@ class PreferenceConfig(TrainingArguments):
         """One dataloader batch is one step of one rank; accumulation happens inside it."""
         ranks = self.world_size
         if self.batch_size is None:
-            per_rank = (
-                self.per_device_train_batch_size * max(1, self.n_gpu) * self.gradient_accumulation_steps
-            )
+            per_rank = self.per_device_train_batch_size * self.gradient_accumulation_steps
             self.batch_size = per_rank * ranks
         if self.batch_size < 1 or self.batch_size % ranks:
             raise InputError(

@@ -14,7 +14,7 @@ from dpo_kit.errors import InputError
 from dpo_kit.evaluation import score_pairs
 from dpo_kit.models import check_length, load_model
 from dpo_kit.pairs import load_with_report
-from dpo_kit.tokenization import load_tokenizer, tokenize_pairs
+from dpo_kit.tokenization import load_tokenizer, longest_sequence, tokenize_pairs
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -63,9 +63,7 @@ def write_logps(
     for kind, count in tokenized.counts.items():
         if count and kind not in ("rows", "kept"):
             say(f"{kind}: {count} of {tokenized.counts['rows']} pairs ({', '.join(tokenized.places[kind])})")
-    longest = max(
-        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in data
-    )
+    longest, _ = longest_sequence(data)
     check_length(policy, max_length, longest)
     done = 0
 

@@ -19,9 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from dpo_kit.attention import TREE_ATTENTION
 from dpo_kit.errors import InputError
 
-# Where a model remembers the attention functions that it had before the tree's.
-_BEFORE = "_attention_before_tree"
-
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -62,6 +59,13 @@ def output_head(model: nn.Module) -> Head:
             f"{type(inner).__name__} has no output head with a weight matrix",
             field="model.path",
             mend="Give a causal language model (AutoModelForCausalLM).",
+        )
+    if hasattr(module, "base_layer"):
+        # An adapter on the head adds to logits that are never made; see peft's BaseTunerLayer.
+        raise InputError(
+            "an adapter on the output head is not supported",
+            field="model.lora",
+            mend="Leave lm_head out of target_modules; modules_to_save may have it.",
         )
     config = inner.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
@@ -139,10 +143,21 @@ def check_length(model: nn.Module, max_length: int | None, longest: int) -> None
         longest: tokens of the longest sequence.
 
     Raises:
-        InputError: the positions are a learned table (GPT-2, OPT), and it is shorter. Rotary positions
-            go on beyond what the model has seen; whether that is wise is the user's decision.
+        InputError: the positions are a learned table (GPT-2, OPT), and it is shorter; or they are rotary
+            and scaled by the longest sequence in the batch (dynamic, longrope), beyond where that begins.
+            Other rotary positions go on; whether that is wise is the user's decision.
     """
-    limit = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    config: Any = unwrap(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or limit
+    if rope.get("rope_type") in ("dynamic", "longrope") and original and longest > original:
+        raise InputError(
+            f"a sequence has {longest} tokens; beyond {original} the {rope['rope_type']} positions of this "
+            "model make each log-prob depend on the other sequences of the batch",
+            field="data.max_length",
+            mend=f"Set it to {original} or less.",
+        )
     words = unwrap(model).get_input_embeddings()  # type: ignore[operator]
     tables = [m for m in unwrap(model).modules() if isinstance(m, nn.Embedding) and m is not words]
     if limit is not None and longest > limit and any(t.num_embeddings >= limit for t in tables):
@@ -195,49 +210,18 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
     return list(found.values())
 
 
-def use_tree_attention(model: nn.Module) -> None:
-    """Make a model read token trees: from now on it must be called with `tree=`. See `plain_attention`."""
-    inner = unwrap(model)
-    configs = _configs(inner)
-    if any(config._attn_implementation != TREE_ATTENTION for config in configs):
-        vars(inner)[_BEFORE] = [config._attn_implementation for config in configs]
-    # Not set_attn_implementation(): it asks the hub for names that it does not know.
-    for config in configs:
-        config._attn_implementation = TREE_ATTENTION
-
-
-def use_plain_attention(model: nn.Module) -> None:
-    """Undo `use_tree_attention`; nothing to do for a model that has not got it."""
-    inner = unwrap(model)
-    before = vars(inner).pop(_BEFORE, None)
-    for config, name in zip(_configs(inner), before or (), strict=bool(before)):
-        config._attn_implementation = name
-
-
-def has_tree_attention(model: nn.Module) -> bool:
-    """Whether a model reads token trees at present."""
-    return _BEFORE in vars(unwrap(model))
-
-
 @contextlib.contextmanager
 def tree_attention(model: nn.Module) -> Iterator[None]:
-    """Within: the model reads token trees; after: as it was before."""
-    had = has_tree_attention(model)
-    use_tree_attention(model)
+    """Within: the model reads token trees; after: as it was before. Nothing is left on the model.
+
+    The backward pass belongs inside where gradient checkpointing computes the forward again.
+    """
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
+        # Not set_attn_implementation(): it asks the hub for names that it does not know.
+        for config, _ in before:
+            config._attn_implementation = TREE_ATTENTION
         yield
     finally:
-        if not had:
-            use_plain_attention(model)
-
-
-@contextlib.contextmanager
-def plain_attention(model: nn.Module) -> Iterator[None]:
-    """Within: the model's ordinary attention (generation, separate sequences); after: as it was before."""
-    had = has_tree_attention(model)
-    use_plain_attention(model)
-    try:
-        yield
-    finally:
-        if had:
-            use_tree_attention(model)
+        for config, name in before:
+            config._attn_implementation = name

@@ -10,6 +10,7 @@ states predict which tokens, so that nothing behind them knows the difference.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dpo_kit.attention import TreeAttentionPlan, plan_tree_attention
+from dpo_kit.errors import InputError
 from dpo_kit.tree import IntArray, build_tree, common_prefix_length, lexicographic_order
 
 Layout = Literal["tree", "padded"]
@@ -38,13 +40,16 @@ class PairTokens:
     @classmethod
     def from_row(cls, row: dict[str, Any], *, with_rejected: bool = True) -> PairTokens:
         """From a row of the tokenised data set: prompt_ids, chosen_ids, rejected_ids, weight, ..."""
+        weight, source = _number(row.get("weight"), 1.0), str(row.get("source") or "")
+        if not 0 <= weight < math.inf:
+            raise InputError(f"a weight must be 0 or more, got {weight}", file=source or None, field="weight")
         return cls(
             prompt=np.asarray(row["prompt_ids"], np.int64),
             chosen=np.asarray(row["chosen_ids"], np.int64),
             rejected=np.asarray(row["rejected_ids"], np.int64) if with_rejected else None,
-            weight=_number(row.get("weight"), 1.0),
+            weight=weight,
             margin=_number(row.get("margin"), 0.0),
-            source=str(row.get("source") or ""),
+            source=source,
         )
 
     @property

@@ -18,24 +18,24 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_kit.checkpoints import newest_checkpoint
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.rewards import RewardFunction
 from dpo_kit.evaluation.sampling import Prompt, Sample, sample_replies
-from dpo_kit.models import check_length, embedded_tokens, load_model, use_plain_attention
+from dpo_kit.models import check_length, embedded_tokens, load_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import (
     describe_environment,
-    newest_checkpoint,
+    make_room,
     peak_memory_bytes,
-    put_aside,
     write_text,
 )
 from dpo_kit.sft import train_sft
-from dpo_kit.tokenization import TokenizedPairs, load_tokenizer, tokenize_pairs
+from dpo_kit.tokenization import TokenizedPairs, load_tokenizer, longest_sequence, tokenize_pairs
 from dpo_kit.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
@@ -84,12 +84,13 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     # Everything that can be wrong with the input is found before anything is written.
     evaluation = _prepare_evaluation(recipe)
     rows = {split: _read(recipe, split, say) for split in ("train", "eval")}
-    if not resume and (moved := put_aside(folder)):
+    if not resume and (moved := make_room(folder)):
         say(f"the earlier run in {folder} is now {moved}")
     folder.mkdir(parents=True, exist_ok=True)
     policy, tokenizer, figures = _start_policy(recipe, folder, resume, say)
     data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
-    check_length(policy, config.max_length, _longest(data))
+    longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
+    check_length(policy, config.max_length, longest)
     trainer = _make_trainer(recipe, config, policy, tokenizer, data)
     resolved = recipe.resolved(config)
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
@@ -171,16 +172,6 @@ def _tokenize(
     return found
 
 
-def _longest(data: dict[str, TokenizedPairs | None]) -> int:
-    """Tokens of the longest sequence of all splits."""
-    longest = 0
-    for found in data.values():
-        for row in found.dataset if found is not None else ():
-            reply = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-            longest = max(longest, len(row["prompt_ids"]) + reply)
-    return longest
-
-
 def _make_trainer(
     recipe: Recipe,
     config: PreferenceConfig,
@@ -221,9 +212,7 @@ def _start_of(
         return trainer.reference.model  # type: ignore[return-value]
     import copy
 
-    start = copy.deepcopy(policy).eval().requires_grad_(False)
-    use_plain_attention(start)
-    return start
+    return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 def _sample(

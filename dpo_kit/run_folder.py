@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import resource
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from dpo_kit.checkpoints import put_aside
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 
@@ -30,38 +30,22 @@ def write_text(path: Path, text: str) -> None:
     os.replace(written, path)
 
 
-def put_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds an earlier run; the new name, or None where there is nothing.
+def make_room(folder: Path) -> Path | None:
+    """Put a folder that holds an earlier run aside; its new name, or None where there is nothing.
 
     Raises:
         InputError: the folder holds something else.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not folder.is_dir() or not any(
-        (folder / name).exists() for name in ("recipe.yaml", "sft", "metrics.jsonl")
-    ):
+    if not any((folder / name).exists() for name in ("recipe.yaml", "sft", "metrics.jsonl")):
         raise InputError(
             "there is something here that is not a run folder",
             file=folder,
             field="train.output_dir",
             mend="Choose another folder.",
         )
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step, or None. A folder step-N is whole: it was renamed to that."""
-    found = {
-        int(match[1]): path
-        for path in folder.glob("checkpoints/step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    }
-    return found[max(found)] if found else None
+    return put_aside(folder)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpo_kit.errors import InputError
 from dpo_kit.logprob import token_logprobs
-from dpo_kit.models import Head, output_head, plain_attention, tree_attention, use_tree_attention
+from dpo_kit.models import Head, output_head, tree_attention
 from dpo_kit.packing import Layout, MicroBatch, PairTokens, pack_padded, pack_tree, sequences_of
 
 # A model of low precision up to this size is copied to fp32 for the start-up check.
@@ -45,8 +45,8 @@ def sequence_logprobs(model: nn.Module, batch: MicroBatch, *, impl: str = "auto"
     """Score the completions of a micro-batch under a causal LM.
 
     Args:
-        model: a transformers causal LM, possibly wrapped (DDP, PEFT, compile). For a token tree it
-            must have been given tree attention (`dpo_kit.models.use_tree_attention`).
+        model: a transformers causal LM, possibly wrapped (DDP, PEFT, compile). With gradient
+            checkpointing the backward pass must run within `dpo_kit.models.tree_attention` too.
         batch: on the model's device.
         impl: see `dpo_kit.logprob.token_logprobs`.
 
@@ -54,7 +54,8 @@ def sequence_logprobs(model: nn.Module, batch: MicroBatch, *, impl: str = "auto"
         Sequence and token log-probs, with gradients where grad mode is on.
     """
     keywords = {} if batch.tree is None else {"tree": batch.tree}
-    with _head_returns_logprobs(output_head(model), batch, impl) as scored:
+    attention = contextlib.nullcontext() if batch.tree is None else tree_attention(model)
+    with attention, _head_returns_logprobs(output_head(model), batch, impl) as scored:
         output = model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keywords
         )
@@ -106,12 +107,11 @@ def full_logit_logprobs(model: nn.Module, pairs: Sequence[PairTokens]) -> Tensor
     """
     device = next(model.parameters()).device
     entries = []
-    with plain_attention(model):
-        for sequence, start in zip(*sequences_of(pairs), strict=True):
-            ids = torch.from_numpy(sequence).to(device)[None]
-            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
-            logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-            entries.append(logps.gather(1, ids[0, start:, None]).squeeze(1))
+    for sequence, start in zip(*sequences_of(pairs), strict=True):
+        ids = torch.from_numpy(sequence).to(device)[None]
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        entries.append(logps.gather(1, ids[0, start:, None]).squeeze(1))
     return torch.cat(entries)
 
 
@@ -123,7 +123,7 @@ def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout
     Small models of low precision are compared in fp32, where a small error can be told from rounding.
 
     Args:
-        model: a causal LM, not wrapped; has tree attention afterwards where the answer is "tree".
+        model: a causal LM, not wrapped.
         pairs: what the run trains on; the longest and a few others are looked at.
 
     Raises:
@@ -132,21 +132,17 @@ def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout
     probe = _probe(pairs)
     low_precision = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     if low_precision and sum(p.numel() for p in model.parameters()) <= _COPY_PARAMETERS:
-        found = choose_layout(copy.deepcopy(model).float(), probe)
-    else:
-        tree = _difference(model, probe, "tree", low_precision)
-        padded = _difference(model, probe, "padded", low_precision) if tree else ""
-        if padded:
-            raise InputError(
-                f"{type(model).__name__} cannot be scored, not even on padded sequences: {padded}",
-                field="model.path",
-                mend="The family does something to its logits or positions that dpo_kit does not know yet.",
-            )
-        reason = f"{type(model).__name__} cannot be trusted with token trees: {tree}"
-        found = ("padded", reason) if tree else ("tree", "")
-    if found[0] == "tree":
-        use_tree_attention(model)
-    return found
+        return choose_layout(copy.deepcopy(model).float(), probe)
+    tree = _difference(model, probe, "tree", low_precision)
+    if not tree:
+        return "tree", ""
+    if padded := _difference(model, probe, "padded", low_precision):
+        raise InputError(
+            f"{type(model).__name__} cannot be scored: on a token tree, {tree}; padded, {padded}",
+            field="model.path",
+            mend="Perhaps the family does something to its logits or positions that dpo_kit does not know.",
+        )
+    return "padded", f"{type(model).__name__} cannot be trusted with token trees: {tree}"
 
 
 def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:
@@ -162,7 +158,7 @@ def _difference(model: nn.Module, pairs: list[PairTokens], layout: Layout, low_p
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), (tree_attention if layout == "tree" else plain_attention)(model):
+        with torch.no_grad():
             expected = full_logit_logprobs(model, pairs)
             found = sequence_logprobs(model, batch.to(expected.device)).entries
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:

@@ -6,9 +6,8 @@ as for pairs, with the `sft` loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
@@ -53,23 +52,16 @@ def text_rows(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, int]:
     """Documents -> rows of ids for the `sft` loss, and how many were cut at `max_length` tokens."""
-    cut = 0
-
-    def rows() -> Iterator[dict[str, Any]]:
-        nonlocal cut
-        encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False)[
-            "input_ids"
-        ]
-        for number, ids in enumerate(encoded, 1):
-            whole = [*ids, tokenizer.eos_token_id]
-            cut += len(whole) > max_length - 1
-            yield {
-                "prompt_ids": [tokenizer.bos_token_id],
-                "chosen_ids": whole[: max_length - 1],
-                "source": f"document {number}",
-            }
-
-    return Dataset.from_list(list(rows())), cut
+    if max_length < 2:
+        raise ValueError(f"max_length must leave room for BOS and a token, got {max_length}")
+    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    whole = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    rows = {
+        "prompt_ids": [[tokenizer.bos_token_id]] * len(whole),
+        "chosen_ids": [ids[: max_length - 1] for ids in whole],
+        "source": [f"document {number}" for number in range(1, len(whole) + 1)],
+    }
+    return Dataset.from_dict(rows), sum(len(ids) > max_length - 1 for ids in whole)
 
 
 def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -168,6 +169,17 @@ def tokenize_pairs(
         desc="Tokenising pairs",
     )
     return _gather(mapped, policy)
+
+
+def longest_sequence(dataset: datasets.Dataset) -> tuple[int, int]:
+    """Tokens of the longest sequence of a tokenised data set, and the number of its row."""
+    table = dataset.with_format("arrow").select_columns(
+        [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
+    )[:]
+    lengths = [pa.compute.list_value_length(column).to_numpy() for column in table.columns]
+    total = lengths[0] + np.max(lengths[1:], axis=0)
+    row = int(total.argmax())
+    return int(total[row]), row
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

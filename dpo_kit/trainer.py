@@ -9,6 +9,8 @@ plan's (packing.py); the optimiser, schedules, logging and checkpoints are trans
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,18 +26,19 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from dpo_kit.callbacks import MetricsFile, Progress
+from dpo_kit.checkpoints import newest_checkpoint, put_aside
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 from dpo_kit.losses import LogProbs, Objective, make_objective
 from dpo_kit.metrics import WeightedMeans, pair_metrics
-from dpo_kit.models import disable_dropout, load_model, use_plain_attention, use_tree_attention
+from dpo_kit.models import disable_dropout, load_model, output_head, tree_attention
 from dpo_kit.packing import Layout, MicroBatch, PairTokens, plan_step
+from dpo_kit.preparation import own_forward, settle_layout, tokenized
 from dpo_kit.reference import Reference, make_reference
-from dpo_kit.scoring import choose_layout, sequence_logprobs
-from dpo_kit.tokenization import tokenize_pairs
+from dpo_kit.scoring import sequence_logprobs
 
-# Rows of the training data among which the start-up check looks for its probe.
-_PROBE_ROWS = 256
+# Tokens computed, tokens of separate sequences, and pairs, so far: a resumed run counts on.
+_COUNTS_FILE = "counts.json"
 
 _STOPPED = (
     "The weights are those of the step before and the newest checkpoint is kept. "
@@ -43,30 +46,9 @@ _STOPPED = (
 )
 
 
-def _tokenized(
-    dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig
-) -> Dataset | None:
-    """Rows of text -> rows of ids; rows of ids as they are."""
-    if dataset is None or "prompt_ids" in dataset.column_names:
-        return dataset
-    if tokenizer is None:
-        raise InputError(
-            "rows of text need a tokenizer", field="processing_class", mend="Give processing_class=tokenizer."
-        )
-    # One process tokenises and the others read what it wrote.
-    with args.main_process_first(desc="tokenising"):
-        found = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, overlong=args.overlong)
-    left_out = {kind: n for kind, n in found.counts.items() if n and kind not in ("rows", "kept")}
-    if left_out:
-        message = f"{found.counts['kept']} of {found.counts['rows']} pairs kept: {left_out}"
-        warnings.warn(message, DpoKitWarning, stacklevel=3)
-    return found.dataset
-
-
-def _total(weights: Tensor) -> Tensor:
+def _divisor(weights: Tensor) -> Tensor:
     """What a weighted mean divides by; 1 where every weight is 0, and so is the loss."""
-    total = weights.sum()
-    return torch.where(total > 0, total, torch.ones_like(total))
+    return torch.where(weights > 0, weights, torch.ones_like(weights))
 
 
 class PreferenceTrainer(Trainer):
@@ -104,23 +86,21 @@ class PreferenceTrainer(Trainer):
     ) -> None:
         args = PreferenceConfig(output_dir="runs/preference") if args is None else args
         self.objective: Objective = make_objective(args.loss)
-        policy: nn.Module = model if isinstance(model, nn.Module) else load_model(model)
-        if isinstance(ref_model, (str, Path)):
-            ref_model = load_model(ref_model, dtype=next(policy.parameters()).dtype)
-        if disable_dropout(policy):
-            warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=2)
         train_dataset, eval_dataset = (
-            _tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
+            tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
         )
-        self.reference = make_reference(
-            args.reference_mode, policy, needed=self.objective.needs_reference, given=ref_model
-        )
+        policy = own_forward(model if isinstance(model, nn.Module) else load_model(model))
+        self.reference = self._make_reference(policy, ref_model, args)
         if peft_config is not None:
             from peft import get_peft_model
 
             policy = get_peft_model(policy, peft_config)
+        if disable_dropout(policy):
+            warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=2)
+        output_head(policy)
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
         self._tokens = self._separate_tokens = self._pairs = 0
+        self._stepped = False
         self._logged_at, self._logged_pairs = time.perf_counter(), 0
         super().__init__(
             model=policy,
@@ -138,29 +118,39 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         if self.reference.model is not None:
             self.reference.model.to(args.device)
-        self.layout: Layout = self._settle_layout(
-            train_dataset if train_dataset is not None else eval_dataset
-        )
+        self.layout: Layout = "padded"
+        self._settle_layout(train_dataset if train_dataset is not None else eval_dataset)
 
-    def _settle_layout(self, dataset: Dataset | None) -> Layout:
-        """The tree where both models may be trusted with it; see `scoring.choose_layout`."""
-        models = [m for m in (self.model, self.reference.model) if m is not None]
-        if self.args.layout != "auto" or dataset is None:
-            layout: Layout = "padded" if self.args.layout == "padded" else "tree"
-        else:
-            rows = dataset.select(range(min(len(dataset), _PROBE_ROWS)))
-            pairs = [self._pair(row) for row in rows]
-            # A copy of the policy needs no check of its own.
-            checked = models[:1] if self.reference.is_policy else models
-            found = [choose_layout(model, pairs) for model in checked]
-            layout = "tree" if all(choice == "tree" for choice, _ in found) else "padded"
-            for _, reason in found:
-                if reason:
-                    message = f"{reason}; separate padded sequences are used, which is slower"
-                    warnings.warn(message, DpoKitWarning, stacklevel=4)
-        for model in models:
-            (use_tree_attention if layout == "tree" else use_plain_attention)(model)
-        return layout
+    def _make_reference(self, policy: nn.Module, given: Any, args: PreferenceConfig) -> Reference:
+        if given is policy:
+            raise InputError(
+                "the reference is the very object that is trained",
+                field="ref_model",
+                mend="Leave it out: the reference is then a frozen copy of the policy.",
+            )
+        needed = self.objective.needs_reference
+        if not needed and args.reference_mode == "auto":
+            given = None
+        if isinstance(given, (str, Path)):
+            given = load_model(given, dtype=next(policy.parameters()).dtype)
+        if isinstance(given, nn.Module):
+            given = own_forward(given)
+        return make_reference(args.reference_mode, policy, needed=needed, given=given)
+
+    def _settle_layout(self, dataset: Any) -> None:
+        """The tree where both models may be trusted with it; see `scoring.choose_layout`.
+
+        Without a data set this waits for the first one that is evaluated.
+        """
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()), None)
+        self._settled = dataset is not None
+        if dataset is None:
+            return
+        policy, reference = self._policy, self.reference
+        # A copy of the policy needs no check of its own.
+        others = [] if reference.model is None or reference.is_policy else [reference.model]
+        self.layout = settle_layout([policy, *others], dataset, self.args, self._pair)
 
     def _pair(self, row: dict[str, Any]) -> PairTokens:
         return PairTokens.from_row(row, with_rejected=self.objective.needs_rejected)
@@ -194,7 +184,8 @@ class PreferenceTrainer(Trainer):
         """[P] loss of each pair; its metrics are taken in where they belong to a split."""
         logps = self._log_probs(model, batch)
         losses = self.objective(logps)
-        self._check(batch, logps, losses, first=split == "train" and self.state.global_step == 0)
+        first = split == "train" and self.state.global_step == 0 and not self._stepped
+        self._check(batch, logps, losses, first=first)
         if split is not None:
             self._means[split].add(pair_metrics(logps, losses, self.objective.beta), batch.weights)
         return losses
@@ -204,9 +195,10 @@ class PreferenceTrainer(Trainer):
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             bad = [batch.sources[i] or f"pair {i}" for i in (~finite).nonzero().flatten().tolist()]
+            when = f"at step {self.state.global_step + 1}" if logps.chosen.requires_grad else "in evaluation"
             raise TrainingError(
-                f"the loss is not finite at step {self.state.global_step + 1}, on {len(bad)} of "
-                f"{batch.num_pairs} pairs: {', '.join(bad[:5])}. {_STOPPED}"
+                f"the loss is not finite {when}, on {len(bad)} of {batch.num_pairs} pairs: "
+                f"{', '.join(bad[:5])}. {_STOPPED}"
             )
         if not (first and self.reference.is_policy and logps.reference_chosen is not None):
             return
@@ -246,7 +238,7 @@ class PreferenceTrainer(Trainer):
         batches = [batch.to(self.args.device) for batch in inputs["micro_batches"]]
         weights = torch.cat([batch.weights for batch in batches])
         losses = torch.cat([self._losses(model, batch, None) for batch in batches])
-        loss = (losses * weights).sum() / _total(weights)
+        loss = (losses * weights).sum() / _divisor(weights.sum())
         return (loss, {"losses": losses}) if return_outputs else loss
 
     def training_step(
@@ -258,18 +250,19 @@ class PreferenceTrainer(Trainer):
             The mean loss of this rank's pairs, times ranks over all ranks' weight, detached.
         """
         model.train()
-        if not self._pairs:
+        if not self._stepped:
             self._logged_at = time.perf_counter()
         batches: list[MicroBatch] = inputs["micro_batches"]
-        weight = _total(torch.cat([batch.weights for batch in batches]).to(self.args.device))
+        weight = torch.cat([batch.weights for batch in batches]).sum().to(self.args.device)
         if self.args.world_size > 1:
             # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
             weight = self.accelerator.reduce(weight, "mean")
+        weight = _divisor(weight)
         step_loss = torch.zeros((), device=self.args.device)
         for place, planned in enumerate(batches):
             batch = planned.to(self.args.device)
             is_last = place == len(batches) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+            with self._attention(model), self._sync(model, is_last):
                 losses = self._losses(model, batch, "train")
                 loss = (losses * batch.weights).sum() / weight
                 self.accelerator.backward(loss)
@@ -277,11 +270,22 @@ class PreferenceTrainer(Trainer):
             self._tokens += batch.num_tokens
             self._separate_tokens += batch.num_separate_tokens
             self._pairs += batch.num_pairs
+        self._stepped = True
         return step_loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
-        if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+    def _attention(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward: gradient checkpointing computes the forward in the backward."""
+        return tree_attention(model) if self.layout == "tree" else contextlib.nullcontext()
+
+    def _sync(self, model: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients meet across ranks once a step."""
+        return contextlib.nullcontext() if now else self.accelerator.no_sync(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler (fp16) skips such steps by itself.
+        checked = norm is not None and self.accelerator.scaler is None
+        if checked and not bool(torch.isfinite(torch.as_tensor(norm))):
             raise TrainingError(
                 f"the gradient is not finite at step {self.state.global_step + 1}. {_STOPPED}"
             )
@@ -304,6 +308,36 @@ class PreferenceTrainer(Trainer):
             logs["pairs_per_second"] = pairs * self.args.world_size / max(now - self._logged_at, 1e-9)
             self._logged_at, self._logged_pairs = now, self._pairs
         super().log(logs, start_time)
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
+    ) -> Any:
+        """As transformers has it; `resume_from_checkpoint=True` is the newest of checkpoints/step-N.
+
+        Checkpoints of an earlier run in the same folder are put aside under another name.
+
+        Raises:
+            InputError: there is none.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_checkpoint(Path(str(self.args.output_dir)))
+            if newest is None:
+                raise InputError("there is no checkpoint to resume from", file=self.checkpoint_folder)
+            resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint and (counts := Path(resume_from_checkpoint) / _COUNTS_FILE).exists():
+            self._tokens, self._separate_tokens, self._pairs = json.loads(counts.read_text())
+            self._logged_pairs = self._pairs
+        if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
+            put_aside(self.checkpoint_folder)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As transformers has it, for rows of text too; the layout is settled where it was not yet."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = tokenized(eval_dataset, self.processing_class, self.args)
+            if not self._settled:
+                self._settle_layout(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     @property
     def tokens_saved_share(self) -> float:
@@ -354,13 +388,15 @@ class PreferenceTrainer(Trainer):
         step = self.state.global_step
         written = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         final = self.checkpoint_folder / f"step-{step}"
+        counts = [self._tokens, self._separate_tokens, self._pairs]
+        (written / _COUNTS_FILE).write_text(json.dumps(counts))
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)
             self.state.save_to_json(str(written / "trainer_state.json"))
         if final.exists():
-            written.rename(final.with_name(f".replaced-{step}"))
-        else:
-            written.rename(final)
+            # A run that was resumed from before it.
+            shutil.rmtree(final)
+        written.rename(final)
         rotate_checkpoints(
             output_dir=str(self.checkpoint_folder),
             save_total_limit=self.args.save_total_limit,

@@ -8,7 +8,6 @@ from families import make_model
 
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Sample, load_prompts, load_reward, sample_replies, sequence_kl
-from dpo_kit.models import has_tree_attention, use_tree_attention
 from dpo_kit.tokenization import train_byte_level_bpe
 
 
@@ -37,14 +36,12 @@ def test_samples_are_repeatable_and_leave_the_generator_alone(model, tokenizer):
 
 
 def test_greedy_samples_are_the_likeliest_tokens_whatever_the_padding(model, tokenizer):
-    use_tree_attention(model)
     for sample in sample_replies(model, tokenizer, PROMPTS, max_new_tokens=6, temperature=0):
         alone = make_model("llama", vocab_size=len(tokenizer)).eval()
         ids = list(sample.prompt_ids)
         for token in sample.reply_ids:
             assert alone(torch.tensor([ids])).logits[0, -1].argmax().item() == token
             ids.append(token)
-    assert has_tree_attention(model)
 
 
 def test_kl_by_the_definition(model, tokenizer):

@@ -82,6 +82,22 @@ def test_low_precision_has_no_more_error_than_the_naive_low_precision_path(dtype
         assert mine <= 1.2 * theirs + 1e-3
 
 
+@pytest.mark.parametrize("keep_bytes", [10**9, 0])
+def test_the_gradient_of_a_sure_token_survives_low_precision(keep_bytes):
+    """1 - p of a probability near 1 is lost where p itself is rounded to bf16."""
+    hidden = torch.ones(4, 2, dtype=torch.bfloat16).requires_grad_()
+    weight = torch.zeros(50, 2, dtype=torch.bfloat16)
+    weight[7] = 6.0  # p = 1 / (1 + 49 exp(-12)) = 0.9997
+    targets = torch.full((4,), 7)
+    options = {"bias": None, "softcap": None, "scale": 1.0, "extras": ()}
+    found, _ = chunked_token_logprobs(hidden, weight, targets, **options, keep_bytes=keep_bytes)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact, _ = naive_token_logprobs(exact_hidden, weight.double(), targets, **options)
+    (truth,) = torch.autograd.grad(exact.sum(), exact_hidden)
+    assert (gradient.double() - truth).norm() <= 0.02 * truth.norm()
+
+
 def test_autocast_computes_in_the_autocast_dtype_and_reduces_in_fp32():
     hidden, weight, _, targets, _ = make(16, 24, 123, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_kit.evaluation.sampling import Sample
-from dpo_kit.models import plain_attention
 
 # Logits of both models that are held at once.
 _LOGIT_BYTES = 256 * 2**20
@@ -33,16 +32,17 @@ def sequence_kl(policy: PreTrainedModel, reference: PreTrainedModel, samples: Se
     """
     results = []
     vocabulary = policy.config.get_text_config().vocab_size
-    training = policy.training
+    training = policy.training, reference.training
     policy.eval()
+    reference.eval()
     try:
-        with plain_attention(policy), plain_attention(reference):
-            longest = max(len(s.prompt_ids) + len(s.reply_ids) for s in samples)
-            rows = max(1, _LOGIT_BYTES // (2 * 4 * longest * vocabulary))
-            for start in range(0, len(samples), rows):
-                results.append(_batch_kl(policy, reference, samples[start : start + rows]))
+        longest = max(len(s.prompt_ids) + len(s.reply_ids) for s in samples)
+        rows = max(1, _LOGIT_BYTES // (2 * 4 * longest * vocabulary))
+        for start in range(0, len(samples), rows):
+            results.append(_batch_kl(policy, reference, samples[start : start + rows]))
     finally:
-        policy.train(training)
+        policy.train(training[0])
+        reference.train(training[1])
     return torch.cat(results)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_kit.encoding import encode_rows
 from dpo_kit.errors import InputError
-from dpo_kit.models import plain_attention
 
 Prompt = str | list[dict[str, str]]
 
@@ -42,7 +42,7 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
         InputError: no such file, broken JSON, or a line without a prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or str(error)
         raise InputError(f"the prompts cannot be read: {problem}", file=path, field="eval.prompts") from None
@@ -113,7 +113,7 @@ def sample_replies(
     found: list[Sample] = []
     model.eval()
     try:
-        with plain_attention(model), torch.random.fork_rng():
+        with _no_settings_of_its_own(model), torch.random.fork_rng():
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
                 part = encoded[start : start + batch_size]
@@ -132,6 +132,17 @@ def sample_replies(
     finally:
         model.train(training)
     return found
+
+
+@contextlib.contextmanager
+def _no_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """Within: penalties and filters that the model was published with do not bend its distribution."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _until_end(ids: list[int], end: int) -> list[int]:

@@ -1,8 +1,8 @@
 """Token log-probs at bounded memory, in plain PyTorch, on any device.
 
-The rows are taken in chunks. A chunk's logits become its probabilities in place; they are kept for
-the backward pass while they fit the byte budget and computed again where they do not. The backward
-turns them, in place again, into the gradient with respect to the logits (softmax minus one-hot).
+The rows are taken in chunks. A chunk's logits become, in place, its probabilities minus one at the target:
+the gradient with respect to the logits but for its sign and factor. They are kept for the backward pass
+while they fit the byte budget and computed again where they do not.
 
 Shapes: N rows, C rows of one chunk, H hidden size, V vocabulary.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Probabilities kept between forward and backward, and the share of that for one chunk: large enough
+# What is kept between forward and backward, and the share of that for one chunk: large enough
 # for an efficient matrix product, small against the model.
 KEEP_BYTES = 768 * 2**20
 CHUNK_BYTES = 128 * 2**20
@@ -42,6 +42,8 @@ def chunked_token_logprobs(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    # Under no_grad autograd still calls forward, and tells it that its inputs want gradients.
+    keep_bytes = keep_bytes if torch.is_grad_enabled() else 0
     with torch.autocast(device, enabled=False):
         logps, entropy = _ChunkedLogProbs.apply(
             hidden, weight, bias, targets, softcap, scale, "entropy" in extras, keep_bytes, chunk_bytes
@@ -69,12 +71,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=reduced, device=hidden.device)
         lse = torch.empty_like(logps)
         entropy = torch.empty_like(logps) if with_entropy else None
-        # Under no_grad autograd still calls forward; nothing is kept where no gradient is wanted.
-        budget = keep_bytes if any(ctx.needs_input_grad) else 0
+        budget = keep_bytes
         kept: list[Tensor | None] = []
         for chunk in _slices(len(hidden), rows):
             logits = _logits(hidden[chunk], weight, bias, softcap, scale)
-            _to_probabilities(logits, targets[chunk], logps[chunk], lse[chunk], _part(entropy, chunk))
+            _to_difference(logits, targets[chunk], logps[chunk], lse[chunk], _part(entropy, chunk))
             budget -= logits.numel() * logits.element_size()
             kept.append(logits if budget >= 0 else None)
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
@@ -96,12 +97,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=summed) if wants_bias else None
         for i, chunk in enumerate(chunks):
             # A second pass over the same graph finds nothing kept and computes it again.
-            probs, ctx.kept[i] = ctx.kept[i], None
-            if probs is None:
-                probs = _logits(hidden[chunk], weight, bias, ctx.softcap, ctx.scale)
-                _normalise(probs, lse[chunk])
+            difference, ctx.kept[i] = ctx.kept[i], None
+            if difference is None:
+                difference = _logits(hidden[chunk], weight, bias, ctx.softcap, ctx.scale)
+                _normalise(difference, targets[chunk], lse[chunk])
             grad = _to_logit_gradient(
-                probs, targets[chunk], lse[chunk], grad_logps[chunk], ctx.softcap, ctx.scale
+                difference, targets[chunk], lse[chunk], grad_logps[chunk], ctx.softcap, ctx.scale
             )
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[chunk])
@@ -139,10 +140,11 @@ def _logits(
     return logits_CV
 
 
-def _to_probabilities(
+def _to_difference(
     logits: Tensor, targets: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor | None
 ) -> None:
-    """Turn [C, V] logits into probabilities in place; fill in [C] log-probs, log-sum-exps, entropies."""
+    """Turn [C, V] logits into probabilities minus one-hot in place; fill in [C] log-probs, log-sum-exps,
+    entropies."""
     for rows in _blocks(logits):
         block = logits[rows].to(lse.dtype)
         target = block.gather(1, targets[rows, None]).squeeze(1)
@@ -153,34 +155,45 @@ def _to_probabilities(
         logps[rows] = target - lse[rows]
         if entropy is not None:
             entropy[rows] = torch.special.entr(block).sum(-1)
+        _minus_one_hot(block, targets[rows])
         if block.dtype != logits.dtype:
             logits[rows] = block.to(logits.dtype)
 
 
-def _normalise(logits: Tensor, lse: Tensor) -> None:
-    """Turn [C, V] logits into probabilities in place, the log-sum-exps being known."""
+def _normalise(logits: Tensor, targets: Tensor, lse: Tensor) -> None:
+    """The same where the log-sum-exps are known already."""
     for rows in _blocks(logits):
-        block = logits[rows].to(lse.dtype)
-        logits[rows] = block.sub_(lse[rows, None]).exp_().to(logits.dtype)
+        block = logits[rows].to(lse.dtype).sub_(lse[rows, None]).exp_()
+        _minus_one_hot(block, targets[rows])
+        logits[rows] = block.to(logits.dtype)
+
+
+def _minus_one_hot(probs: Tensor, targets: Tensor) -> None:
+    """Subtract 1 at each row's target, in place; before rounding, or 1 - p of a sure token is lost."""
+    places = torch.arange(len(probs), device=probs.device) * probs.shape[1] + targets
+    probs.view(-1).index_add_(0, places, -probs.new_ones(len(probs)))
 
 
 def _to_logit_gradient(
-    probs: Tensor, targets: Tensor, lse: Tensor, grad_logps: Tensor, softcap: float | None, scale: float
+    difference: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad_logps: Tensor,
+    softcap: float | None,
+    scale: float,
 ) -> Tensor:
-    """Turn [C, V] probabilities into the gradient at hidden @ weight.T + bias, in place."""
-    grad_C1 = (grad_logps * scale)[:, None]
-    for rows in _blocks(probs):
-        block = probs[rows].to(lse.dtype)
+    """Turn [C, V] probabilities minus one-hot into the gradient at hidden @ weight.T + bias, in place."""
+    grad_C1 = -(grad_logps * scale)[:, None]
+    for rows in _blocks(difference):
+        block = difference[rows].to(lse.dtype)
         if softcap is not None:
             # logit = softcap * tanh(z / softcap), so dlogit/dz = 1 - (logit / softcap) ** 2; the logit is
             # log p + lse, and where p underflowed the product with p is 0 whatever the slope.
-            capped = block.log().add_(lse[rows, None]).div_(softcap).clamp_(-1, 1)
-            slope = 1 - capped.square()
-        block.mul_(-grad_C1[rows])
-        one_hot = torch.arange(len(block), device=block.device) * block.shape[1] + targets[rows]
-        block.view(-1).index_add_(0, one_hot, grad_C1[rows].view(-1).to(block.dtype))
-        if softcap is not None:
-            block.mul_(slope)
-        if block.dtype != probs.dtype:
-            probs[rows] = block.to(probs.dtype)
-    return probs
+            probs = block.clone()
+            _minus_one_hot(probs.neg_(), targets[rows])
+            capped = probs.neg_().clamp_(min=0).log().add_(lse[rows, None]).div_(softcap).clamp_(-1, 1)
+            block.mul_(1 - capped.square())
+        block.mul_(grad_C1[rows])
+        if block.dtype != difference.dtype:
+            difference[rows] = block.to(difference.dtype)
+    return difference

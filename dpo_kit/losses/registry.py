@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_kit.errors import InputError
@@ -64,12 +65,21 @@ def register_loss(
     """
 
     def register(function: LossFunction) -> LossFunction:
-        if name in _LOSSES:
+        known = _LOSSES.get(name)
+        if known is not None and _place(known.function) != _place(function):
             raise ValueError(f"a loss named '{name}' is registered already")
+        parameters = list(inspect.signature(function).parameters.values())
+        if any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters):
+            raise ValueError(f"name the hyper-parameters of '{name}' one by one, so that they can be checked")
         _LOSSES[name] = LossSpec(name, function, reference, rejected, paper)
         return function
 
     return register
+
+
+def _place(function: LossFunction) -> tuple[str, str]:
+    """Where a function is defined; a notebook cell that is run again defines it at the same place."""
+    return function.__module__, function.__qualname__
 
 
 def loss_names() -> list[str]:
@@ -163,17 +173,32 @@ def _check_number(value: Any, field: str) -> None:
 
 
 def _check_values(spec: LossSpec, options: dict[str, Any]) -> None:
-    """Let the loss itself refuse what is out of range, on a pair of made-up log-probs."""
-    import torch
-
-    one = torch.full((1,), -1.0)
-    length = torch.ones(1, dtype=torch.long)
-    tokens, owner = torch.full((2,), -1.0), torch.arange(2)
-    probe = LogProbs(one, one, one, one, length, length, torch.zeros(1), tokens, owner)
+    """Let the loss refuse what is out of range, on two made-up pairs with no more than it says it needs."""
+    pairs = 2
+    ones, lengths = torch.full((pairs,), -1.0), torch.ones(pairs, dtype=torch.long)
+    reference = ones if spec.reference else None
+    sequences = 2 * pairs if spec.rejected else pairs
+    probe = LogProbs(
+        chosen=ones,
+        rejected=ones if spec.rejected else None,
+        reference_chosen=reference,
+        reference_rejected=reference if spec.rejected else None,
+        chosen_lengths=lengths,
+        rejected_lengths=lengths if spec.rejected else None,
+        margins=torch.zeros(pairs),
+        token_logps=torch.full((sequences,), -1.0),
+        token_sequence=torch.arange(sequences),
+    )
     try:
-        spec.function(probe, **options)
+        value = spec.function(probe, **options)
     except (ValueError, TypeError) as error:
         raise InputError(str(error), field=f"loss ({spec.name})") from error
+    if not isinstance(value, torch.Tensor) or value.shape != (pairs,):
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise InputError(
+            f"a loss gives one value per pair, [{pairs}] for {pairs} pairs; this one gave {got}",
+            field=f"loss ({spec.name})",
+        )
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -1,0 +1,87 @@
+"""What a trainer is given -> what it works on: token ids, bare models, a layout they may be trusted with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from accelerate.utils import extract_model_from_parallel
+from datasets import Dataset
+from torch import nn
+
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.models import check_length
+from dpo_kit.packing import Layout, PairTokens
+from dpo_kit.scoring import choose_layout
+from dpo_kit.tokenization import longest_sequence, tokenize_pairs
+
+# Rows of the training data among which the start-up check looks for its probe.
+_PROBE_ROWS = 256
+
+
+def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig) -> Any:
+    """Rows of text -> rows of ids; rows of ids as they are; several data sets by name, each for itself."""
+    if isinstance(dataset, dict):
+        return {name: tokenized(part, tokenizer, args) for name, part in dataset.items()}
+    if dataset is None:
+        return None
+    if not isinstance(dataset, Dataset) or not len(dataset):
+        got = "an empty one" if isinstance(dataset, Dataset) else type(dataset).__name__
+        raise InputError(f"expected a datasets.Dataset with pairs, got {got}", field="train_dataset")
+    if "prompt_ids" in dataset.column_names:
+        return dataset
+    if tokenizer is None:
+        raise InputError(
+            "rows of text need a tokenizer", field="processing_class", mend="Give processing_class=tokenizer."
+        )
+    # One process tokenises and the others read what it wrote.
+    with args.main_process_first(desc="tokenising"):
+        found = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, overlong=args.overlong)
+    left_out = {kind: n for kind, n in found.counts.items() if n and kind not in ("rows", "kept")}
+    if left_out:
+        message = f"{found.counts['kept']} of {found.counts['rows']} pairs kept: {left_out}"
+        warnings.warn(message, DpoKitWarning, stacklevel=3)
+    return found.dataset
+
+
+def own_forward(model: nn.Module) -> nn.Module:
+    """The model without the autocast that an earlier trainer wrapped around its forward."""
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def settle_layout(
+    models: Sequence[nn.Module],
+    dataset: Dataset,
+    args: PreferenceConfig,
+    to_pair: Callable[[dict[str, Any]], PairTokens],
+) -> Layout:
+    """The tree where every model may be trusted with it; see `scoring.choose_layout`.
+
+    Args:
+        models: policy and, where it is another model, reference.
+        dataset: tokenised; its first rows and its longest are what is looked at.
+        args: layout says what is wanted, max_length stands in messages.
+        to_pair: row -> pair.
+
+    Raises:
+        InputError: sequences that a model has no positions for, or a tree that is asked for by name and
+            cannot be trusted.
+    """
+    longest, place = longest_sequence(dataset)
+    for model in models:
+        check_length(model, args.max_length, longest)
+    if args.layout == "padded":
+        return "padded"
+    rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[place]]
+    pairs = [to_pair(row) for row in rows]
+    reasons = [reason for layout, reason in (choose_layout(m, pairs) for m in models) if layout == "padded"]
+    if reasons and args.layout == "tree":
+        raise InputError(
+            reasons[0], field="train.layout", mend="Set it to auto: padded sequences are then used."
+        )
+    for reason in reasons:
+        message = f"{reason}; separate padded sequences are used, which is slower"
+        warnings.warn(message, DpoKitWarning, stacklevel=4)
+    return "padded" if reasons else "tree"
