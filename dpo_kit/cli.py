@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed, 2 the user's input was wrong. No traceback withou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -33,8 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    """Taken from the arguments by `main`; here for --help."""
 
 
 _debug = False
@@ -52,7 +52,9 @@ def train(
     from dpo_kit.run import run_recipe
 
     loaded = Recipe.load(recipe, overrides or [])
-    result = run_recipe(loaded, resume=resume, say=_silent if as_json else _say)
+    # A reward of the user's own may print; stdout is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run_recipe(loaded, resume=resume, say=_silent if as_json else _say)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
@@ -99,11 +101,8 @@ def report(
     """Page and pictures of one run, or of several side by side."""
     from dpo_kit.report import write_comparison, write_report
 
-    if len(runs) == 1 and out is None:
-        page = write_report(runs[0])
-    else:
-        page = write_comparison(runs, out or Path("comparison"))
-    print(page)
+    several = len(runs) > 1
+    print(write_comparison(runs, out or Path("comparison")) if several else write_report(runs[0]))
 
 
 @data_app.command("inspect")
@@ -173,10 +172,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     # What was left out is said by the commands themselves.
     logging.getLogger("dpo_kit.pairs").setLevel(logging.ERROR)
+    global _debug
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Before or after the command: it is wanted when the line has been typed already.
+    _debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        _say("interrupted")
+        _say("interrupted (train --resume goes on from the newest checkpoint)")
         sys.exit(130)
     except DpoKitError as error:
         if _debug:

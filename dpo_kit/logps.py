@@ -51,6 +51,10 @@ def write_logps(
     """
     if dtype not in _DTYPES:
         raise InputError(f"unknown dtype '{dtype}'", field="--dtype", mend=f"Known: {', '.join(_DTYPES)}.")
+    if token_budget < 1:
+        raise InputError(f"expected 1 or more, got {token_budget}", field="--tokens")
+    if out.is_dir():
+        raise InputError("this is a folder", file=out, field="--out", mend="Name a file, e.g. logps.parquet.")
     if not out.parent.is_dir():
         raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
     rows, report = load_with_report(sources, format=format, invalid=invalid)  # type: ignore[arg-type]

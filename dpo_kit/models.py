@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -111,7 +112,11 @@ def load_model(
     if isinstance(source, dict):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            try:
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            except (ValueError, TypeError, RuntimeError) as error:
+                problem = str(error).strip().splitlines()[0][:300]
+                raise InputError(f"no causal LM can be made: {problem}", field="model.config") from error
     folder = Path(source)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise InputError(
@@ -121,11 +126,21 @@ def load_model(
             mend="Save the model with save_pretrained(); pickled weights (*.bin, *.pt) are never loaded.",
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(_first_line(error), file=source, field="model.path") from error
+    model, found = loaded
+    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacking:
+        raise InputError(
+            f"the weights lack {len(lacking)} tensors or have them in other shapes: {', '.join(lacking[:3])}",
+            file=source,
+            field="model.path",
+            mend="transformers would fill them with random numbers; save the model again, whole.",
+        )
+    return model
 
 
 def embedded_tokens(model: nn.Module) -> int:
@@ -134,13 +149,16 @@ def embedded_tokens(model: nn.Module) -> int:
     return int(embeddings.weight.shape[0])
 
 
-def check_length(model: nn.Module, max_length: int | None, longest: int) -> None:
+def check_length(
+    model: nn.Module, max_length: int | None, longest: int, field: str = "data.max_length"
+) -> None:
     """Refuse sequences that the model has no positions for.
 
     Args:
         model: a causal LM.
         max_length: the run's limit, for the message.
         longest: tokens of the longest sequence.
+        field: what sets the limit.
 
     Raises:
         InputError: the positions are a learned table (GPT-2, OPT), and it is shorter; or they are rotary
@@ -155,7 +173,7 @@ def check_length(model: nn.Module, max_length: int | None, longest: int) -> None
         raise InputError(
             f"a sequence has {longest} tokens; beyond {original} the {rope['rope_type']} positions of this "
             "model make each log-prob depend on the other sequences of the batch",
-            field="data.max_length",
+            field=field,
             mend=f"Set it to {original} or less.",
         )
     words = unwrap(model).get_input_embeddings()  # type: ignore[operator]
@@ -163,7 +181,7 @@ def check_length(model: nn.Module, max_length: int | None, longest: int) -> None
     if limit is not None and longest > limit and any(t.num_embeddings >= limit for t in tables):
         raise InputError(
             f"a sequence has {longest} tokens (limit {max_length}), and the model has {limit} positions",
-            field="data.max_length",
+            field=field,
             mend=f"Set it to {limit} or less.",
         )
 

@@ -214,6 +214,8 @@ def check_training_fields(fields: dict[str, Any], section: str) -> None:
     hints = typing.get_type_hints(PreferenceConfig)
     known = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
     for key, value in fields.items():
+        if key.endswith("_strategy") and value is False:
+            fields[key] = value = "no"  # YAML reads a bare `no` as false
         if key in _ELSEWHERE:
             raise InputError(
                 "this is not set here", field=f"{section}.{key}", mend=f"Set {_ELSEWHERE[key]} instead."

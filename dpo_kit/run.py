@@ -24,17 +24,20 @@ from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.rewards import RewardFunction
-from dpo_kit.evaluation.sampling import Prompt, Sample, sample_replies
+from dpo_kit.evaluation.sampling import Prompt, Sample, encode_prompts, sample_replies
 from dpo_kit.models import check_length, embedded_tokens, load_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import (
+    check_same_run,
     describe_environment,
+    is_finished,
     make_room,
     peak_memory_bytes,
+    replace_folder,
     write_text,
 )
-from dpo_kit.sft import train_sft
+from dpo_kit.sft import check_corpus, train_sft
 from dpo_kit.tokenization import TokenizedPairs, load_tokenizer, longest_sequence, tokenize_pairs
 from dpo_kit.trainer import PreferenceTrainer
 
@@ -81,18 +84,30 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     """
     config = recipe.training_config()
     folder = Path(str(config.output_dir))
-    # Everything that can be wrong with the input is found before anything is written.
+    resolved = recipe.resolved(config)
+    if resume:
+        check_same_run(folder, resolved)
+        if is_finished(folder, resolved):
+            say(f"the run in {folder} is finished")
+            return RunResult(
+                folder, json.loads((folder / "summary.json").read_text()), folder / "report.html"
+            )
+    # What can be wrong with the input is found before an earlier run is put aside and anything written.
     evaluation = _prepare_evaluation(recipe)
     rows = {split: _read(recipe, split, say) for split in ("train", "eval")}
-    if not resume and (moved := make_room(folder)):
-        say(f"the earlier run in {folder} is now {moved}")
-    folder.mkdir(parents=True, exist_ok=True)
-    policy, tokenizer, figures = _start_policy(recipe, folder, resume, say)
-    data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
-    longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
-    check_length(policy, config.max_length, longest)
-    trainer = _make_trainer(recipe, config, policy, tokenizer, data)
-    resolved = recipe.resolved(config)
+    figures: dict[str, Any] = {}
+    if recipe.sft is None:
+        parts = _prepare(recipe, config, rows, evaluation, None, say)
+        _open_folder(folder, resume, say)
+    else:
+        check_corpus(recipe)
+        _open_folder(folder, resume, say)
+        if not (folder / "sft" / "model").exists():
+            say("training the policy on the corpus")
+            train_sft(recipe.sft, recipe, folder / "sft")
+        figures |= json.loads((folder / "sft" / "figures.json").read_text())
+        parts = _prepare(recipe, config, rows, evaluation, folder / "sft" / "model", say)
+    policy, tokenizer, data, trainer = parts
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
     write_text(folder / "environment.json", json.dumps(environment, indent=2))
@@ -103,9 +118,41 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     evaluation.before = _sample(start, tokenizer, evaluation, recipe, say, "before")
     figures |= _train(trainer, checkpoint, say)
     figures |= _measure(trainer, start, tokenizer, evaluation, recipe, data["eval"], say)
-    trainer.save_model(str(folder / "model"))
+    written = folder / ".model.writing"
+    trainer.save_model(str(written))
+    replace_folder(written, folder / "model")
     write_text(folder / "summary.json", json.dumps(figures, indent=2))
     return RunResult(folder, figures, _report(recipe, folder, say))
+
+
+def _open_folder(folder: Path, resume: bool, say: Say) -> None:
+    """The run folder, without what an earlier run left there unless this one goes on from it."""
+    try:
+        if not resume and (moved := make_room(folder)):
+            say(f"the earlier run in {folder} is now {moved}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(error.strerror), file=folder, field="train.output_dir") from error
+
+
+def _prepare(
+    recipe: Recipe,
+    config: PreferenceConfig,
+    rows: dict[str, Dataset | None],
+    evaluation: _Evaluation,
+    start: Path | None,
+    say: Say,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
+    """Policy, tokenizer, tokenised data and trainer, checked against each other."""
+    policy, tokenizer = _start_policy(recipe, start)
+    data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
+    longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
+    check_length(policy, config.max_length, longest)
+    if evaluation.prompts:
+        encoded, _ = encode_prompts(evaluation.prompts, tokenizer, recipe.data.chat_template_kwargs)
+        new = recipe.eval.max_new_tokens
+        check_length(policy, new, max(map(len, encoded)) + new, field="eval.max_new_tokens")
+    return policy, tokenizer, data, _make_trainer(recipe, config, policy, tokenizer, data)
 
 
 def _prepare_evaluation(recipe: Recipe) -> _Evaluation:
@@ -125,17 +172,11 @@ def _read(recipe: Recipe, split: str, say: Say) -> Dataset | None:
     return rows
 
 
-def _start_policy(
-    recipe: Recipe, folder: Path, resume: bool, say: Say
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The policy before the first preference step, its tokenizer, and figures of how it was made."""
+def _start_policy(recipe: Recipe, start: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy before the first preference step, and its tokenizer; `start` holds both after SFT."""
     dtype = getattr(torch, recipe.model.dtype)
-    if recipe.sft is not None:
-        done, figures = folder / "sft" / "model", {}
-        if not done.exists():
-            say("training the policy on the corpus")
-            figures = train_sft(recipe.sft, recipe, folder / "sft")
-        return load_model(done, dtype), load_tokenizer(done), figures
+    if start is not None:
+        return load_model(start, dtype), load_tokenizer(start)
     tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
     source = recipe.model.path if recipe.model.path is not None else recipe.model.config
     assert source is not None
@@ -147,7 +188,7 @@ def _start_policy(
             field="model.tokenizer",
             mend="Use the model's own tokenizer, or a configuration with a larger vocab_size.",
         )
-    return policy, tokenizer, {}
+    return policy, tokenizer
 
 
 def _tokenize(
@@ -191,15 +232,20 @@ def _make_trainer(
     if recipe.reference.path is not None:
         reference = load_model(recipe.reference.path, getattr(torch, recipe.model.dtype))
     train, held_out = data["train"], data["eval"]
-    return PreferenceTrainer(
-        policy,
-        reference,
-        config,
-        train.dataset if train else None,
-        held_out.dataset if held_out else None,
-        processing_class=tokenizer,
-        peft_config=lora,
-    )
+    try:
+        return PreferenceTrainer(
+            policy,
+            reference,
+            config,
+            train.dataset if train else None,
+            held_out.dataset if held_out else None,
+            processing_class=tokenizer,
+            peft_config=lora,
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
+        # What transformers and peft refuse of the settings handed on to them.
+        field = "train or model.lora" if lora else "train"
+        raise InputError(str(error).strip().splitlines()[0], field=field) from error
 
 
 def _start_of(
@@ -232,6 +278,7 @@ def _sample(
         top_p=section.top_p,
         batch_size=section.batch_size,
         seed=section.seed,
+        chat_template_kwargs=recipe.data.chat_template_kwargs,
     )
 
 
@@ -241,12 +288,12 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dic
         trainer.evaluate()
     say("training on the pairs")
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    runtime = float(result.metrics["train_runtime"])
+    runtime = trainer.train_seconds
     return {
         "train_runtime": runtime,
         "train_loss": float(result.metrics["train_loss"]),
         "steps": trainer.state.global_step,
-        "pairs_per_second": float(result.metrics["train_samples_per_second"]),
+        "pairs_per_second": trainer.pairs_seen / runtime,
         "tokens_saved_share": trainer.tokens_saved_share,
         "layout": trainer.layout,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),

@@ -7,12 +7,14 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -30,6 +32,77 @@ def write_text(path: Path, text: str) -> None:
     os.replace(written, path)
 
 
+def replace_folder(written: Path, final: Path) -> None:
+    """Put a folder that was written whole in the place of an older one."""
+    if final.exists():
+        shutil.rmtree(final)
+    written.rename(final)
+
+
+# What a run cannot change on the way and still be the same run, or what its optimiser's state would override.
+_TRAIN = (
+    "per_device_train_batch_size",
+    "seed",
+    "learning_rate",
+    "optim",
+    "lr_scheduler_type",
+    "warmup_steps",
+)
+_FIXED = ("model", "reference", "data", "sft", "loss", *(f"train.{name}" for name in _TRAIN))
+_FREE = ("data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
+
+
+def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
+    """Refuse to resume what is no run, or a run of another recipe.
+
+    Raises:
+        InputError: naming the first key that differs.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    _check_is_run(folder)
+    if not (folder / "recipe.yaml").exists():
+        return
+    before = _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    now = _flat(resolved)
+    for key in sorted(before.keys() | now.keys()):
+        fixed = any(key == name or key.startswith(f"{name}.") for name in _FIXED)
+        if fixed and key not in _FREE and before.get(key) != now.get(key):
+            raise InputError(
+                f"the run was started with {before.get(key)!r} and would go on with {now.get(key)!r}",
+                file=folder,
+                field=key,
+                mend="Resume with the recipe as it was, or start anew without --resume.",
+            )
+
+
+def is_finished(folder: Path, resolved: dict[str, Any]) -> bool:
+    """Whether the folder holds all of a run of this very recipe."""
+    if not (folder / "summary.json").exists() or not (folder / "model").exists():
+        return False
+    return bool(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == resolved)
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> dotted keys."""
+    if not isinstance(content, dict):
+        return {prefix: content}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _check_is_run(folder: Path) -> None:
+    if not any((folder / name).exists() for name in ("recipe.yaml", "sft", "metrics.jsonl")):
+        raise InputError(
+            "there is something here that is not a run folder",
+            file=folder,
+            field="train.output_dir",
+            mend="Choose another folder.",
+        )
+
+
 def make_room(folder: Path) -> Path | None:
     """Put a folder that holds an earlier run aside; its new name, or None where there is nothing.
 
@@ -38,13 +111,7 @@ def make_room(folder: Path) -> Path | None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not any((folder / name).exists() for name in ("recipe.yaml", "sft", "metrics.jsonl")):
-        raise InputError(
-            "there is something here that is not a run folder",
-            file=folder,
-            field="train.output_dir",
-            mend="Choose another folder.",
-        )
+    _check_is_run(folder)
     return put_aside(folder)
 
 

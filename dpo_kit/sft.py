@@ -6,6 +6,7 @@ as for pairs, with the `sft` loss.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_kit.errors import InputError
-from dpo_kit.models import load_model
+from dpo_kit.models import load_config, load_model
 from dpo_kit.recipe import Recipe, SftSection, make_training_config
 from dpo_kit.tokenization import train_byte_level_bpe
 from dpo_kit.trainer import PreferenceTrainer
+
+# One process computes in one precision: accelerate holds it for both stages.
+_INHERITED = ("bf16", "fp16", "use_cpu", "disable_tqdm")
 
 
 def read_corpus(paths: Sequence[str]) -> list[str]:
@@ -36,6 +40,18 @@ def read_corpus(paths: Sequence[str]) -> list[str]:
     if not documents:
         raise InputError("there is no text in the corpus", file=paths[0], field="sft.corpus")
     return documents
+
+
+def check_corpus(recipe: Recipe) -> None:
+    """Refuse what would stop the stage, before anything is written.
+
+    Raises:
+        InputError: the corpus, the settings or the configuration.
+    """
+    assert recipe.sft is not None
+    read_corpus(recipe.sft.corpus)
+    make_training_config({"output_dir": "sft"} | recipe.sft.train)
+    load_config(recipe.model.config or {})
 
 
 def learn_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -64,16 +80,13 @@ def text_rows(
     return Dataset.from_dict(rows), sum(len(ids) > max_length - 1 for ids in whole)
 
 
-def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> dict[str, float]:
-    """Train tokenizer and policy on the corpus; `folder`/model holds both afterwards.
+def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> None:
+    """Train tokenizer and policy on the corpus; `folder` holds model/ and figures.json afterwards.
 
     Args:
         section: what to train on.
         recipe: its model section gives the configuration and the seed comes from its train section.
         folder: a run folder of its own.
-
-    Returns:
-        Figures of the stage.
     """
     documents = read_corpus(section.corpus)
     tokenizer = learn_tokenizer(documents, section.vocabulary)
@@ -86,15 +99,17 @@ def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> dict[str, fl
     }
     model = load_model((recipe.model.config or {}) | special, seed=seed)
     dataset, cut = text_rows(documents, tokenizer, section.max_length)
-    settings = {"seed": seed, "save_strategy": "no"} | section.train
+    inherited = {key: recipe.train[key] for key in _INHERITED if key in recipe.train}
+    settings = {"seed": seed, "save_strategy": "no"} | inherited | section.train
     config = make_training_config(settings | {"output_dir": str(folder), "loss": "sft"})
     trainer = PreferenceTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
     result = trainer.train()
-    trainer.save_model(str(folder / "model.writing"))
-    (folder / "model.writing").rename(folder / "model")
-    return {
+    figures = {
         "sft/runtime": float(result.metrics["train_runtime"]),
         "sft/loss": float(result.metrics["train_loss"]),
         "sft/documents": float(len(dataset)),
         "sft/documents_cut": float(cut),
     }
+    trainer.save_model(str(folder / "model.writing"))
+    (folder / "figures.json").write_text(json.dumps(figures))
+    (folder / "model.writing").rename(folder / "model")

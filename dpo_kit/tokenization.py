@@ -198,11 +198,32 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"vocab.json", "merges.txt"}:
             return GPT2Tokenizer.from_pretrained(source)
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
+        return _as_saved(folder, loaded) if folder.is_dir() else loaded
     except Exception as error:  # OSError, ValueError, KeyError; and the tokenizers library raises a bare one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         problem = f"the tokenizer cannot be loaded: {reason}"
         raise InputError(problem, file=path, field=field, mend=mend) from error
+
+
+def _as_saved(folder: Path, loaded: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that the folder's tokenizer.json describes.
+
+    For some model types (Qwen2) AutoTokenizer puts the family's own class, with its own way of splitting, in
+    the place of the class that the folder names, and other ids come out than the ones it was saved with.
+    """
+    names, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (names.is_file() and file.is_file() and loaded.is_fast):
+        return loaded
+    named = str(json.loads(names.read_text(encoding="utf-8")).get("tokenizer_class", ""))
+    if named.removesuffix("Fast") in ("", type(loaded).__name__.removesuffix("Fast")):
+        return loaded
+    saved, used = (
+        json.loads(text) for text in (file.read_text(encoding="utf-8"), loaded.backend_tokenizer.to_str())
+    )
+    if all(saved.get(part) == used.get(part) for part in ("normalizer", "pre_tokenizer")):
+        return loaded
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def train_byte_level_bpe(

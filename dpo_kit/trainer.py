@@ -21,9 +21,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from dpo_kit.callbacks import MetricsFile, Progress
 from dpo_kit.checkpoints import newest_checkpoint, put_aside
@@ -37,7 +37,7 @@ from dpo_kit.preparation import own_forward, settle_layout, tokenized
 from dpo_kit.reference import Reference, make_reference
 from dpo_kit.scoring import sequence_logprobs
 
-# Tokens computed, tokens of separate sequences, and pairs, so far: a resumed run counts on.
+# Tokens computed, tokens of separate sequences, pairs and seconds so far: a resumed run counts on.
 _COUNTS_FILE = "counts.json"
 
 _STOPPED = (
@@ -98,9 +98,15 @@ class PreferenceTrainer(Trainer):
         if disable_dropout(policy):
             warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=2)
         output_head(policy)
+        if isinstance(train_dataset, Dataset) and len(train_dataset) < args.per_device_train_batch_size:
+            message = (
+                f"the data has {len(train_dataset)} pairs, fewer than one step takes ({args.batch_size})"
+            )
+            warnings.warn(message, DpoKitWarning, stacklevel=2)
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
         self._tokens = self._separate_tokens = self._pairs = 0
         self._stepped = False
+        self._seconds, self._began = 0.0, 0.0
         self._logged_at, self._logged_pairs = time.perf_counter(), 0
         super().__init__(
             model=policy,
@@ -325,11 +331,33 @@ class PreferenceTrainer(Trainer):
                 raise InputError("there is no checkpoint to resume from", file=self.checkpoint_folder)
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint and (counts := Path(resume_from_checkpoint) / _COUNTS_FILE).exists():
-            self._tokens, self._separate_tokens, self._pairs = json.loads(counts.read_text())
+            self._tokens, self._separate_tokens, self._pairs, self._seconds = json.loads(counts.read_text())
             self._logged_pairs = self._pairs
+        self._began = time.perf_counter()
+        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))):
+            return done
         if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
             put_aside(self.checkpoint_folder)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+
+    def _finished(self, checkpoint: Path) -> TrainOutput | None:
+        """Load a checkpoint that has all its steps: transformers would train one more in mid-epoch."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {"train_loss": 0.0})
+
+    @property
+    def train_seconds(self) -> float:
+        """Time in `train` so far, that of the runs it was resumed from included."""
+        return self._seconds + (time.perf_counter() - self._began if self._began else 0.0)
+
+    @property
+    def pairs_seen(self) -> int:
+        """Pairs trained on so far, over all ranks."""
+        return self._pairs * self.args.world_size
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As transformers has it, for rows of text too; the layout is settled where it was not yet."""
@@ -381,6 +409,11 @@ class PreferenceTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it, so that a folder step-N is always whole."""
+        if not all(bool(torch.isfinite(p).all()) for p in self._policy.parameters() if p.requires_grad):
+            raise TrainingError(
+                f"the weights are not finite at step {self.state.global_step}, and are not saved. The newest "
+                "checkpoint is kept. A smaller learning rate or more warm-up may mend it."
+            )
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
@@ -388,7 +421,7 @@ class PreferenceTrainer(Trainer):
         step = self.state.global_step
         written = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         final = self.checkpoint_folder / f"step-{step}"
-        counts = [self._tokens, self._separate_tokens, self._pairs]
+        counts = [self._tokens, self._separate_tokens, self._pairs, self.train_seconds]
         (written / _COUNTS_FILE).write_text(json.dumps(counts))
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(final)

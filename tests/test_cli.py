@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from families import make_model
+from safetensors.torch import load_file, save_file
 
 from dpo_kit.cli import main
 from dpo_kit.packing import PairTokens
@@ -254,14 +255,99 @@ def test_bad_input_is_named_and_leaves_nothing(name, recipe, tmp_path, model_fol
     assert not (tmp_path / "run" / "model").exists()
 
 
+def unfinished(folder):
+    """As if the run had been killed after its last checkpoint."""
+    for name in ("summary.json", "model"):
+        path = folder / name
+        path.rename(path.with_name(f"was-{name}"))
+
+
 def test_a_loss_that_is_not_finite_leaves_status_1_and_the_last_checkpoint(recipe, tmp_path, capsys):
-    settings = ["train.learning_rate=1e30", "train.max_grad_norm=0", "train.save_steps=1"]
+    # The first step of a warm-up has learning rate 0, the second one ruins the weights.
+    settings = ["train.learning_rate=1e30", "train.warmup_steps=5", "train.save_steps=1"]
     assert run("train", recipe, *settings) == 1
     error = capsys.readouterr().err
     assert re.search(r"not finite at step \d+", error), error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "model").exists()
-    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-1"]
+
+
+def test_resume_of_a_finished_run_changes_nothing(recipe, tmp_path, capsys):
+    assert run("train", recipe) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert run("train", recipe, "--resume") == 0
+    assert "is finished" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+def test_resume_after_the_last_checkpoint_trains_no_further(recipe, tmp_path):
+    assert run("train", recipe, "train.max_steps=4") == 0
+    weights = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    unfinished(tmp_path / "run")
+    assert run("train", recipe, "--resume", "train.max_steps=4") == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == weights
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["eval/loss"] == summary["eval/loss"]
+    assert again["tokens_saved_share"] == summary["tokens_saved_share"]
+
+
+def test_resume_refuses_another_recipe_and_a_folder_that_is_no_run(recipe, tmp_path, capsys):
+    assert run("train", recipe, "train.max_steps=2") == 0
+    assert run("train", recipe, "--resume", "loss.name=sft") == 2
+    assert "field 'loss" in capsys.readouterr().err
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    assert run("train", recipe, "--resume", f"train.output_dir={tmp_path / 'thesis'}") == 2
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+def test_bad_input_leaves_an_earlier_run_where_it_is(recipe, tmp_path):
+    assert run("train", recipe, "train.max_steps=2") == 0
+    (tmp_path / "empty").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    wrong = ["data.max_length=4", f"model.path={tmp_path / 'empty'}", "model.lora={r: 0}"]
+    for override in wrong:
+        assert run("train", recipe, override) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_weights_that_lack_a_layer_are_refused(recipe, tmp_path, model_folder, capsys):
+    folder = tmp_path / "holes"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert run("train", recipe, f"model.path={folder}") == 2
+    assert "up_proj" in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-9])
+    assert run("train", recipe, f"model.path={folder}") == 2
+
+
+def test_json_is_alone_on_stdout(recipe, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Film 1:"}])
+    reward = tmp_path / "reward.py"
+    reward.write_text("def reward(text):\n    print('noise')\n    return 0.0\n")
+    settings = [f"eval.prompts={prompts}", f"eval.reward={reward}:reward", "eval.max_new_tokens=3"]
+    assert run("train", recipe, "train.max_steps=2", "--json", *settings) == 0
+    assert json.loads(capsys.readouterr().out)["eval/reward_after"] == 0.0
+
+
+@pytest.mark.parametrize("override", ["loss=5", "loss=[5]", "train.eval_strategy=steps data.eval=[]"])
+def test_more_that_is_refused(recipe, override):
+    assert run("train", recipe, *override.split(" ")) == 2
+
+
+def test_a_bare_no_is_a_strategy(recipe):
+    assert run("train", recipe, "train.max_steps=1", "train.save_strategy=no") == 0
+
+
+def test_debug_may_stand_behind_the_command(recipe, capsys):
+    assert run("train", recipe, "loss.name=dqo", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_import_and_help_are_quick():

@@ -393,3 +393,14 @@ def test_gpt2_vocabulary_files_alone_load(tmp_path: Path) -> None:
     assert (tokenizer.eos_token_id, len(tokenizer)) == (50256, 50257)
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("Hello world")["input_ids"] == [15496, 995]
+
+
+def test_a_saved_tokenizer_comes_back_whatever_model_lies_beside_it(tmp_path: Path) -> None:
+    """AutoTokenizer alone splits by Qwen2's rule where the config beside it says qwen2."""
+    text = "don't 12345 x\n\n  Human: 1999 foo's"
+    saved = train_byte_level_bpe([text] * 9, 270)
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(text)["input_ids"] == saved(text)["input_ids"]
+    assert (loaded.eos_token, loaded.pad_token) == (saved.eos_token, saved.pad_token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,20 @@ def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return prompts[:limit]
 
 
-def encode_prompts(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts -> the ids that a reply is generated after; the same as in training."""
+def encode_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[list[list[int]], list[int]]:
+    """Prompts -> the ids that a reply is generated after, and the tokens that end one; as in training."""
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         # The reply has no say in the prompt's ids, but a row needs one.
         reply: Any = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
         rows.append({"prompt": prompt, "chosen": reply, "rejected": reply})
-    return [list(pair[0]) for pair, _ in encode_rows(rows, tokenizer, None)]
+    encoded = [pair for pair, _ in encode_rows(rows, tokenizer, chat_template_kwargs)]
+    ends = {chosen[-1] for _, chosen, _ in encoded} | {int(tokenizer.eos_token_id)}
+    return [list(prompt) for prompt, _, _ in encoded], sorted(ends)
 
 
 @torch.no_grad()
@@ -85,6 +91,7 @@ def sample_replies(
     top_p: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Sample]:
     """Sample replies; the same seed gives the same replies, and the global generator is left as it was.
 
@@ -98,18 +105,26 @@ def sample_replies(
         top_p: nucleus sampling below 1.
         batch_size: prompts generated at once; part of what the seed determines.
         seed: of the generator.
+        chat_template_kwargs: for prompts that are messages.
+
+    Raises:
+        InputError: several greedy samples of a prompt, which would be the same.
     """
+    if temperature == 0 and samples > 1:
+        raise InputError(
+            "greedy replies to one prompt are all the same", field="eval.samples", mend="Set it to 1."
+        )
     device, training = model.device, model.training
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    encoded, ends = encode_prompts(prompts, tokenizer, chat_template_kwargs)
     drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=pad,
         num_return_sequences=samples,
         **(drawn if temperature > 0 else {"do_sample": False}),
     )
-    encoded = encode_prompts(prompts, tokenizer)
     found: list[Sample] = []
     model.eval()
     try:
@@ -126,7 +141,7 @@ def sample_replies(
                 replies = output[:, width:].tolist()
                 for i, reply in enumerate(replies):
                     place = start + i // samples
-                    cut = _until_end(reply, tokenizer.eos_token_id)
+                    cut = _until_end(reply, ends)
                     text = str(tokenizer.decode(cut, skip_special_tokens=True))
                     found.append(Sample(prompts[place], text, encoded[place], cut))
     finally:
@@ -145,5 +160,6 @@ def _no_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _until_end(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
+def _until_end(ids: list[int], ends: list[int]) -> list[int]:
+    first = next((i for i, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: first + 1]

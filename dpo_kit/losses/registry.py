@@ -140,7 +140,13 @@ def make_objective(loss: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] |
         return loss
     if isinstance(loss, str):
         loss = {"name": loss}
-    entries = [loss] if isinstance(loss, Mapping) else list(loss)
+    entries: list[Any] = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+    if not all(isinstance(entry, Mapping) for entry in entries):
+        raise InputError(
+            f"expected a name, {{name: ...}} or a list of these, got {loss!r}",
+            field="loss",
+            mend="For example loss: {name: dpo, beta: 0.1}.",
+        )
     if not entries:
         raise InputError("no loss is given", field="loss", mend="For example loss: {name: dpo, beta: 0.1}.")
     return Objective(tuple(_term(entry) for entry in entries))
