@@ -53,6 +53,7 @@ class PreferenceConfig(TrainingArguments):
     bf16: bool | None = None  # type: ignore[assignment]
     learning_rate: float = 1e-6
     logging_steps: float = 10
+    logging_first_step: bool = True
     remove_unused_columns: bool = False
     report_to: str | list[str] | None = "none"
 

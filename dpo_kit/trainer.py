@@ -168,10 +168,11 @@ class PreferenceTrainer(Trainer):
 
     def _log_probs(self, model: nn.Module, batch: MicroBatch) -> LogProbs:
         """Score a micro-batch under policy and reference."""
-        # Both alike: transformers casts the prepared policy alone.
+        # Both alike: transformers casts the prepared policy alone. The reference first, while the policy's
+        # activations do not take the memory yet.
         with self.accelerator.autocast():
-            policy = sequence_logprobs(model, batch)
             reference = self.reference.logprobs(batch)
+            policy = sequence_logprobs(model, batch)
         pairs = batch.num_pairs
         paired = batch.num_sequences > pairs
         return LogProbs(
