@@ -64,9 +64,8 @@ def write_logps(
         policy.cuda()  # type: ignore[call-arg]
     tokenized = tokenize_pairs(rows, load_tokenizer(tokenizer or model), max_length=max_length)
     data = tokenized.dataset
-    for kind, count in tokenized.counts.items():
-        if count and kind not in ("rows", "kept"):
-            say(f"{kind}: {count} of {tokenized.counts['rows']} pairs ({', '.join(tokenized.places[kind])})")
+    for line in tokenized.account():
+        say(line)
     longest, _ = longest_sequence(data)
     check_length(policy, max_length, longest)
     done = 0

@@ -39,10 +39,8 @@ def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig) -> Any:
     # One process tokenises and the others read what it wrote.
     with args.main_process_first(desc="tokenising"):
         found = tokenize_pairs(dataset, tokenizer, max_length=args.max_length, overlong=args.overlong)
-    left_out = {kind: n for kind, n in found.counts.items() if n and kind not in ("rows", "kept")}
-    if left_out:
-        message = f"{found.counts['kept']} of {found.counts['rows']} pairs kept: {left_out}"
-        warnings.warn(message, DpoKitWarning, stacklevel=3)
+    for line in found.account():
+        warnings.warn(line, DpoKitWarning, stacklevel=3)
     return found.dataset
 
 

@@ -206,10 +206,8 @@ def _tokenize(
         num_proc=section.num_proc,
         cache_dir=section.cache_dir,
     )
-    for kind, count in found.counts.items():
-        if count and kind not in ("rows", "kept"):
-            places = ", ".join(found.places.get(kind, []))
-            say(f"{kind}: {count} of {found.counts['rows']} pairs ({places}{', ...' * (count > 5)})")
+    for line in found.account():
+        say(line)
     return found
 
 

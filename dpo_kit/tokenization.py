@@ -116,6 +116,15 @@ class TokenizedPairs:
     counts: dict[str, int]
     places: dict[str, list[str]]
 
+    def account(self) -> list[str]:
+        """A line for everything that was left out or cut: what, how often, and where first."""
+        happened = {kind: n for kind, n in self.counts.items() if n and kind not in ("rows", "kept")}
+        return [
+            f"{kind}: {n} of {self.counts['rows']} pairs ({', '.join(self.places.get(kind, []))}"
+            f"{', ...' * (n > 5)})"
+            for kind, n in happened.items()
+        ]
+
 
 def tokenize_pairs(
     dataset: datasets.Dataset,
