@@ -1,15 +1,14 @@
 """Token sequences -> token tree: every distinct prefix of a set of sequences stands in one row, once.
 
-The tree is kept as one packed row of tokens, depth first. It is made of *branches*: taken in
-lexicographic order, each sequence shares some prefix with the one before it and adds the rest as a
-stretch of neighbouring rows. So a branch sees exactly `depth` earlier rows (its path) and itself,
-causally, and needs no further structure.
+The tree is kept as one packed row of tokens, depth first. It is made of *branches*: a branch sees
+exactly `depth` earlier rows (its path) and itself, causally, and needs no further structure.
 
 Only numpy here: what the rows mean (prompt, completion, loss) is not the tree's business.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,45 +19,40 @@ IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Branch:
-    """The rows one sequence adds to the tree.
-
-    Attributes:
-        start: first row of the branch; its rows are `start .. start + length - 1`.
-        length: number of rows.
-        path: [depth] rows of the ancestors, root first.
-    """
-
-    start: int
-    length: int
-    path: IntArray
-
-    @property
-    def depth(self) -> int:
-        """Number of tokens shared with an earlier sequence: the position of the branch's first token."""
-        return len(self.path)
-
-
-@dataclass(frozen=True)
 class TokenTree:
     """A set of token sequences with their common prefixes merged.
+
+    Taken in lexicographic order, each sequence that is not there already adds one branch: the stretch
+    of neighbouring rows behind the prefix that it shares with the one before it.
 
     Attributes:
         tokens: [T] token ids, depth first.
         positions: [T] depth of each token: its position in every sequence that it belongs to.
         parents: [T] row of the token before it, -1 at a root.
-        branches: the stretches of rows that make up 0 .. T-1, in order.
+        branch_starts: [B] first row of each branch; the branches make up 0 .. T-1, in order.
+        branch_depths: [B] tokens that a branch shares with earlier ones: the position of its first token.
+        visible_rows: [R] the rows that each branch's last token sees, branch after branch: its path,
+            root first, and then the branch itself.
+        visible_offsets: [B + 1] where each branch's part of `visible_rows` begins, and R.
         sequence_rows: for each input sequence, in the order given, the [length] rows of its tokens.
     """
 
     tokens: IntArray
     positions: IntArray
     parents: IntArray
-    branches: list[Branch]
+    branch_starts: IntArray
+    branch_depths: IntArray
+    visible_rows: IntArray
+    visible_offsets: IntArray
     sequence_rows: list[IntArray]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def branch_lengths(self) -> IntArray:
+        """[B] rows of each branch, at least 1."""
+        return np.diff(self.branch_starts, append=len(self))
 
 
 def common_prefix_length(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> int:
@@ -87,28 +81,34 @@ def build_tree(sequences: Sequence[npt.ArrayLike]) -> TokenTree:
         The tree; `len(tree)` is the number of distinct non-empty prefixes.
     """
     arrays = [np.asarray(s, dtype=np.int64).reshape(-1) for s in sequences]
-    branches: list[Branch] = []
-    rows_of: list[IntArray] = [np.empty(0, np.int64)] * len(arrays)
-    added: list[IntArray] = []
-    previous = path = np.empty(0, np.int64)
-    total = 0
-    for index in lexicographic_order(arrays):
-        tokens = arrays[index]
-        depth = common_prefix_length(previous, tokens)
-        length = len(tokens) - depth
-        rows = np.concatenate([path[:depth], np.arange(total, total + length)])
-        if length:
-            branches.append(Branch(total, length, rows[:depth]))
-            added.append(tokens[depth:])
-            total += length
-        rows_of[index] = rows
-        previous, path = tokens, rows
-    positions = [np.arange(b.depth, b.depth + b.length) for b in branches]
-    parents = np.arange(-1, total - 1)
-    for branch in branches:
-        parents[branch.start] = branch.path[-1] if branch.depth else -1
-    return TokenTree(_concatenate(added), _concatenate(positions), parents, branches, rows_of)
+    order = lexicographic_order(arrays)
+    ordered = [arrays[i] for i in order]
+    lengths = np.fromiter(map(len, ordered), np.int64, len(ordered))
+    shared = [common_prefix_length(a, b) for a, b in itertools.pairwise(ordered)]
+    depths = np.array([0, *shared][: len(ordered)], np.int64)
+    ends = lengths.cumsum()
+    starts = ends - lengths
 
+    # Every token of every sequence has a place; those behind the shared prefix are rows of the tree.
+    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    is_row = positions >= np.repeat(depths, lengths)
+    rows = is_row.cumsum() - 1
+    for i in np.flatnonzero(depths).tolist():
+        # The rest are rows already, of the sequence before.
+        rows[starts[i] : starts[i] + depths[i]] = rows[starts[i - 1] : starts[i - 1] + depths[i]]
+    parents = np.where(positions > 0, np.roll(rows, 1), -1)
 
-def _concatenate(parts: list[IntArray]) -> IntArray:
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+    branches = lengths > depths
+    sequence_rows = [np.empty(0, np.int64)] * len(order)
+    for i, start, end in zip(order, starts, ends, strict=True):
+        sequence_rows[i] = rows[start:end]
+    return TokenTree(
+        tokens=np.concatenate([np.empty(0, np.int64), *ordered])[is_row],
+        positions=positions[is_row],
+        parents=parents[is_row],
+        branch_starts=rows[(starts + depths)[branches]],
+        branch_depths=depths[branches],
+        visible_rows=rows[np.repeat(branches, lengths)],
+        visible_offsets=np.concatenate([[0], lengths[branches].cumsum()]),
+        sequence_rows=sequence_rows,
+    )

@@ -40,12 +40,16 @@ def test_parents_and_positions_follow_each_sequence(given):
 @given(sequences)
 def test_branches_cover_the_rows_in_order_and_see_only_earlier_ones(given):
     tree = build_tree(given)
+    ends = tree.branch_starts + tree.branch_lengths
     row = 0
-    for branch in tree.branches:
-        assert branch.start == row
-        assert branch.length > 0
-        assert (branch.path < branch.start).all()
-        row += branch.length
+    for i, (start, end, depth) in enumerate(zip(tree.branch_starts, ends, tree.branch_depths, strict=True)):
+        visible = tree.visible_rows[tree.visible_offsets[i] : tree.visible_offsets[i + 1]].tolist()
+        assert start == row < end
+        assert visible[depth:] == list(range(start, end))
+        assert all(seen < start for seen in visible[:depth])
+        # The path is that of the branch's first token, parent by parent.
+        assert [tree.parents[r] for r in visible] == [-1, *visible[:-1]]
+        row = end
     assert row == len(tree)
 
 
