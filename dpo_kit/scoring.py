@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpo_kit.errors import InputError
 from dpo_kit.logprob import token_logprobs
-from dpo_kit.models import Head, output_head, tree_attention
+from dpo_kit.models import Head, output_head, tree_attention, unwrap
 from dpo_kit.packing import Layout, MicroBatch, PairTokens, pack_padded, pack_tree, sequences_of
 
 # A model of low precision up to this size is copied to fp32 for the start-up check.
@@ -55,7 +55,12 @@ def sequence_logprobs(model: nn.Module, batch: MicroBatch, *, impl: str = "auto"
     """
     keywords = {} if batch.tree is None else {"tree": batch.tree}
     attention = contextlib.nullcontext() if batch.tree is None else tree_attention(model)
-    with attention, _head_returns_logprobs(output_head(model), batch, impl) as scored:
+    head = output_head(model)
+    with (
+        attention,
+        _sparse_embedding_gradient(model, head),
+        _head_returns_logprobs(head, batch, impl) as scored,
+    ):
         output = model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **keywords
         )
@@ -96,6 +101,25 @@ def _head_returns_logprobs(head: Head, batch: MicroBatch, impl: str) -> Iterator
             del module.forward
         else:
             module.forward = own_forward
+
+
+@contextlib.contextmanager
+def _sparse_embedding_gradient(model: nn.Module, head: Head) -> Iterator[None]:
+    """Within: an embedding that shares the head's matrix adds its few rows to the head's gradient.
+
+    As a dense gradient they would be a second V x H matrix, filled with zeros and then added. The sum is
+    dense either way. On a processor only: elsewhere filling is cheap.
+    """
+    embedding: Any = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    tied = type(embedding) is nn.Embedding and embedding.weight is head.module.weight
+    if not tied or embedding.weight.device.type != "cpu" or embedding.sparse:
+        yield
+        return
+    embedding.sparse = True
+    try:
+        yield
+    finally:
+        embedding.sparse = False
 
 
 @torch.no_grad()

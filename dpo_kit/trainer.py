@@ -29,6 +29,7 @@ from dpo_kit.callbacks import MetricsFile, Progress
 from dpo_kit.checkpoints import newest_checkpoint, put_aside
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
+from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.losses import LogProbs, Objective, make_objective
 from dpo_kit.metrics import WeightedMeans, pair_metrics
 from dpo_kit.models import disable_dropout, load_model, output_head, tree_attention
@@ -339,7 +340,9 @@ class PreferenceTrainer(Trainer):
             return done
         if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
             put_aside(self.checkpoint_folder)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+        on_cpu = self.args.device.type == "cpu"
+        with keep_freed_memory() if on_cpu else contextlib.nullcontext():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
 
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """Load a checkpoint that has all its steps: transformers would train one more in mid-epoch."""

@@ -144,10 +144,12 @@ def test_soft_cap_with_an_underflowed_probability_has_a_finite_gradient():
 
 
 def test_no_rows():
-    logps = token_logprobs(
-        torch.empty(0, 4, requires_grad=True), torch.randn(9, 4), torch.empty(0, dtype=torch.long)
-    )
+    hidden, weight = torch.empty(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    logps = token_logprobs(hidden, weight, torch.empty(0, dtype=torch.long))
     assert logps.shape == (0,)
+    logps.sum().backward()
+    assert not weight.grad.any()
+    assert hidden.grad.shape == (0, 4)
 
 
 @pytest.mark.parametrize(
