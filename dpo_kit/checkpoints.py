@@ -1,9 +1,12 @@
-"""Folders of checkpoints: the newest one, and room for new ones."""
+"""Folders of checkpoints: the newest one, room for new ones, and giving a written one its name."""
 
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+
+from transformers import TrainerState
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -26,3 +29,14 @@ def put_aside(folder: Path) -> Path:
         number += 1
     folder.rename(aside)
     return aside
+
+
+def name_whole(written: Path, final: Path, state: TrainerState) -> None:
+    """Rename a checkpoint that is written in full to its place, so that a folder there is always whole."""
+    if state.best_model_checkpoint == str(written):
+        state.best_model_checkpoint = str(final)
+        state.save_to_json(str(written / "trainer_state.json"))
+    if final.exists():
+        # A run that was resumed from before it.
+        shutil.rmtree(final)
+    written.rename(final)

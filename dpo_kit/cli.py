@@ -105,6 +105,27 @@ def report(
     print(write_comparison(runs, out or Path("comparison")) if several else write_report(runs[0]))
 
 
+@app.command()
+def bench(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe; default: a small model.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps that are measured.")] = 5,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
+) -> None:
+    """Speed and memory on this machine: what fits, how fast, how far from the limit, where the time goes."""
+    from dpo_kit.bench import print_results, run_bench
+    from dpo_kit.recipe import Recipe
+
+    loaded = None if recipe is None else Recipe.load(recipe, overrides or [])
+    with contextlib.redirect_stdout(sys.stderr):
+        found = run_bench(loaded, steps=steps, out=out, say=_silent if as_json else _say)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_results(found)
+
+
 @data_app.command("inspect")
 def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = False) -> None:
     """What is in preference data: shapes, counts, lengths, and rows that cannot be used."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from dpo_kit.attention import ATTENTION_BACKENDS, attention_backend
 from dpo_kit.errors import DpoKitWarning, InputError
 
-# Tokens of one forward and backward pass where the recipe leaves it to us; larger ones gain little.
-_AUTO_TOKENS = {"cpu": 4096, "cuda": 16384}
+# Tokens of one forward and backward pass where the recipe leaves it to us. On a processor larger ones gain
+# nothing and take memory; on CUDA the trainer puts what fits in its place.
+_AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def bf16_is_fast() -> bool:
@@ -30,12 +32,21 @@ class PreferenceConfig(TrainingArguments):
         batch_size: preference pairs in one optimiser step, over all ranks. Default: what
             TrainingArguments would make of per_device_train_batch_size, gradient_accumulation_steps
             and the number of ranks.
-        tokens_per_micro_batch: token budget of one forward and backward pass, or "auto". It changes
-            memory and speed, not the gradient.
+        tokens_per_micro_batch: token budget of one forward and backward pass. It changes memory and
+            speed, not the gradient. "auto": 2048 on a processor; on CUDA what fits into the memory that is
+            free when training starts.
         loss: a name, {name: ..., hyper-parameters}, or a list of {name, weight, ...}.
         reference_mode: "auto", "live" (a frozen copy in memory) or "none".
         layout: "tree", "padded", or "auto": the tree where the start-up check finds that the model
             gives the same log-probs on it.
+        attention: how a tree's attention is computed: "gathered" (any device), "varlen" or "flex" (CUDA),
+            or "auto".
+        group_by_prompt: keep the pairs of one prompt together in a step, so that they share its tokens. It
+            changes the order of training: see `dpo_kit.dealing.PromptGroups`.
+        dataloader_num_workers: processes that plan steps ahead. Default: 1 on CUDA; on a processor, whose
+            cores are busy, 0.
+        compile_blocks: compile the decoder layers (torch.compile): a minute at the start, and faster
+            steps on CUDA.
         max_length: longest prompt plus reply, in tokens; None for no limit.
         overlong: what is done beyond it: "drop", "cut_prompt_left" or "cut_completion_right".
         per_device_eval_batch_size: pairs planned together in evaluation; the budget holds there too.
@@ -47,6 +58,10 @@ class PreferenceConfig(TrainingArguments):
     loss: Any = field(default_factory=lambda: {"name": "dpo"})
     reference_mode: str = "auto"
     layout: str = "auto"
+    attention: str = "auto"
+    group_by_prompt: bool = False
+    compile_blocks: bool = False
+    dataloader_num_workers: int | None = None  # type: ignore[assignment]
     max_length: int | None = 1024
     overlong: str = "drop"
     per_device_eval_batch_size: int = 64
@@ -58,8 +73,12 @@ class PreferenceConfig(TrainingArguments):
     report_to: str | list[str] | None = "none"
 
     def __post_init__(self) -> None:
+        # Set by the trainer, once it knows the model and the memory.
+        self.auto_tokens: int | None = None
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = int(torch.cuda.is_available() and not self.use_cpu)
         if self.bf16 is None:
             self.bf16 = bf16_is_fast() and not self.fp16
         # TrainingArguments would take the columns that its models know, and so none of ours.
@@ -85,6 +104,13 @@ class PreferenceConfig(TrainingArguments):
             raise InputError(
                 f"expected a number of tokens or auto, got {tokens!r}", field="train.tokens_per_micro_batch"
             )
+        known = ("auto", *ATTENTION_BACKENDS)
+        if self.attention not in known:
+            raise InputError(
+                f"unknown attention '{self.attention}'",
+                field="train.attention",
+                mend=f"Known: {', '.join(known)}.",
+            )
         if self.layout not in ("auto", "tree", "padded"):
             raise InputError(
                 f"unknown layout '{self.layout}'", field="train.layout", mend="Known: auto, tree, padded."
@@ -106,8 +132,15 @@ class PreferenceConfig(TrainingArguments):
         self.gradient_accumulation_steps = 1
 
     @property
+    def backend(self) -> str:
+        """What computes a tree's attention; see `dpo_kit.attention`."""
+        return attention_backend(self.device.type) if self.attention == "auto" else self.attention
+
+    @property
     def token_budget(self) -> int:
         """Tokens of one micro-batch."""
         if self.tokens_per_micro_batch == "auto":
+            if self.auto_tokens is not None:
+                return self.auto_tokens
             return _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cpu"])
         return int(self.tokens_per_micro_batch)

@@ -11,28 +11,32 @@ states predict which tokens, so that nothing behind them knows the difference.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dpo_kit.attention import TreeAttentionPlan, plan_tree_attention
+from dpo_kit.attention.transport import SentAsArrays
 from dpo_kit.errors import InputError
-from dpo_kit.tree import IntArray, build_tree, common_prefix_length, lexicographic_order
+from dpo_kit.tree import IntArray, SortedSequences, build_tree, sort_sequences
 
 Layout = Literal["tree", "padded"]
+TokenIds = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
 class PairTokens:
-    """One preference pair as token ids; `rejected` is None where the loss has no use for it."""
+    """One preference pair as token ids (any integer dtype); `rejected` is None where no loss needs it."""
 
-    prompt: IntArray
-    chosen: IntArray
-    rejected: IntArray | None
+    prompt: TokenIds
+    chosen: TokenIds
+    rejected: TokenIds | None
     weight: float = 1.0
     margin: float = 0.0
     source: str = ""
@@ -44,16 +48,16 @@ class PairTokens:
         if not 0 <= weight < math.inf:
             raise InputError(f"a weight must be 0 or more, got {weight}", file=source or None, field="weight")
         return cls(
-            prompt=np.asarray(row["prompt_ids"], np.int64),
-            chosen=np.asarray(row["chosen_ids"], np.int64),
-            rejected=np.asarray(row["rejected_ids"], np.int64) if with_rejected else None,
+            prompt=np.asarray(row["prompt_ids"]),
+            chosen=np.asarray(row["chosen_ids"]),
+            rejected=np.asarray(row["rejected_ids"]) if with_rejected else None,
             weight=weight,
             margin=_number(row.get("margin"), 0.0),
             source=source,
         )
 
     @property
-    def replies(self) -> list[IntArray]:
+    def replies(self) -> list[TokenIds]:
         return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
 
 
@@ -62,7 +66,7 @@ def _number(value: float | None, default: float) -> float:
 
 
 @dataclass
-class MicroBatch:
+class MicroBatch(SentAsArrays):
     """What one forward pass computes, and how its predictions make up the sequences.
 
     Sequences are numbered: the chosen reply of pair p is sequence p; its rejected reply, where there
@@ -126,24 +130,30 @@ def sequences_of(pairs: Sequence[PairTokens]) -> tuple[list[IntArray], list[int]
     for prompt, reply in parts:
         if not len(prompt) or not len(reply):
             raise ValueError("a prompt and a reply need at least one token each")
-    return [np.concatenate(part) for part in parts], [len(prompt) for prompt, _ in parts]
+    return [np.concatenate(part, dtype=np.int64) for part in parts], [len(prompt) for prompt, _ in parts]
 
 
-def pack_tree(pairs: Sequence[PairTokens]) -> MicroBatch:
-    """Put the sequences of pairs into one token tree."""
+def pack_tree(pairs: Sequence[PairTokens], backend: str = "gathered") -> MicroBatch:
+    """Put the sequences of pairs into one token tree; `backend` computes its attention."""
     sequences, starts = sequences_of(pairs)
-    tree = build_tree(sequences)
+    return _pack_sorted(pairs, sort_sequences(sequences), starts, backend)
+
+
+def _pack_sorted(
+    pairs: Sequence[PairTokens], given: SortedSequences, starts: list[int], backend: str
+) -> MicroBatch:
+    tree = build_tree(given)
     owned = [rows[start:] for rows, start in zip(tree.sequence_rows, starts, strict=True)]
     return _micro_batch(
         pairs,
-        sequences,
         owned,
         tokens=tree.tokens,
         parents=tree.parents,
         input_ids=torch.from_numpy(tree.tokens)[None],
         position_ids=torch.from_numpy(tree.positions)[None],
-        tree=plan_tree_attention(tree),
+        tree=plan_tree_attention(tree, backend),
         num_tokens=len(tree),
+        num_separate_tokens=len(given.tokens),
     )
 
 
@@ -161,7 +171,6 @@ def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatc
         owned.append(np.arange(start, len(sequence)) + i * length)
     return _micro_batch(
         pairs,
-        sequences,
         owned,
         tokens=input_ids.reshape(-1),
         parents=np.arange(input_ids.size) - 1,
@@ -169,12 +178,12 @@ def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatc
         position_ids=torch.arange(length).expand(len(sequences), length),
         tree=None,
         num_tokens=sum(map(len, sequences)),
+        num_separate_tokens=sum(map(len, sequences)),
     )
 
 
 def _micro_batch(
     pairs: Sequence[PairTokens],
-    sequences: list[IntArray],
     owned: list[IntArray],
     *,
     tokens: IntArray,
@@ -183,18 +192,20 @@ def _micro_batch(
 ) -> MicroBatch:
     """Predictions and their owners: `owned` holds, per sequence, the places of its completion's tokens."""
     entries = np.concatenate(owned)
-    predicted, entry_prediction = np.unique(entries, return_inverse=True)
+    is_predicted = np.zeros(len(tokens), np.int64)
+    is_predicted[entries] = 1
+    predicted = np.flatnonzero(is_predicted)
+    entry_prediction = (is_predicted.cumsum() - 1)[entries]
     lengths = np.array([len(rows) for rows in owned])
     return MicroBatch(
         prediction_rows=torch.from_numpy(parents[predicted]),
         prediction_targets=torch.from_numpy(tokens[predicted]),
         entry_prediction=torch.from_numpy(entry_prediction),
-        entry_sequence=torch.from_numpy(np.repeat(np.arange(len(owned)), lengths)),
+        entry_sequence=torch.from_numpy(np.arange(len(owned)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
         weights=torch.tensor([p.weight for p in pairs], dtype=torch.float32),
         margins=torch.tensor([p.margin for p in pairs], dtype=torch.float32),
         sources=[p.source for p in pairs],
-        num_separate_tokens=sum(map(len, sequences)),
         **layout,
     )
 
@@ -203,58 +214,91 @@ def cut_step(pairs: Sequence[PairTokens], token_budget: int, layout: Layout = "t
     """Cut a step into micro-batches of at most `token_budget` tokens, as indices into `pairs`.
 
     Pairs that begin alike are put side by side, so that they meet in one tree. A pair that is larger
-    than the budget has a micro-batch of its own. The budget counts an upper bound of the tree's
-    tokens, or the padded area.
+    than the budget has a micro-batch of its own. The budget counts the tree's tokens, or the padded area.
     """
-    if token_budget < 1:
-        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
-    sequences = [np.concatenate([p.prompt, p.chosen]) for p in pairs]
     if layout == "tree":
-        order = lexicographic_order(sequences)
-    else:
-        order = sorted(range(len(pairs)), key=lambda i: _longest(pairs[i]))
+        return _cut_sorted(sort_sequences(sequences_of(pairs)[0]), len(pairs), token_budget)
+    return _cut_padded(pairs, token_budget)
+
+
+def _cut_sorted(given: SortedSequences, num_pairs: int, token_budget: int) -> list[list[int]]:
+    """Pairs in the order of their chosen sequences, as many to a tree as fit."""
+    _check_budget(token_budget)
+    if given.num_prefixes <= token_budget:
+        return [list(range(num_pairs))]
+    lengths, shared, places = given.lengths.tolist(), given.shared.tolist(), given.places.tolist()
+
+    def add(place: int) -> int:
+        """Put a sequence among those of the tree; returns the tokens that it adds."""
+        at = bisect_left(tree, place)
+        common = min(shared[tree[at - 1] + 1 : place + 1]) if at else 0
+        if at < len(tree):
+            common = max(common, min(shared[place + 1 : tree[at] + 1]))
+        tree.insert(at, place)
+        return lengths[place] - common
+
+    tree: list[int] = []
     cuts: list[list[int]] = []
     used = 0
-    for place, index in enumerate(order):
-        pair = pairs[index]
-        if layout == "tree":
-            shared = common_prefix_length(sequences[order[place - 1]], sequences[index]) if place else 0
-            alone = _tree_tokens(pair)
-            total = used + alone - min(shared, len(pair.prompt))
+    for pair in sorted(range(num_pairs), key=places.__getitem__):
+        sequences = places[pair::num_pairs]
+        used += sum(map(add, sequences))
+        if cuts and used <= token_budget:
+            cuts[-1].append(pair)
         else:
-            # The order is by length, so the newest pair sets the padded width.
-            alone = len(pair.replies) * _longest(pair)
-            total = alone * (len(cuts[-1]) + 1 if cuts else 1)
-        if cuts and total <= token_budget:
-            cuts[-1].append(index)
-            used = total
-        else:
-            cuts.append([index])
-            used = alone
+            cuts.append([pair])
+            tree.clear()
+            used = sum(map(add, sequences))
     return cuts
 
 
-def _longest(pair: PairTokens) -> int:
-    return len(pair.prompt) + max(map(len, pair.replies))
+def _cut_padded(pairs: Sequence[PairTokens], token_budget: int) -> list[list[int]]:
+    """Pairs by length, as many to a rectangle as fit."""
+    _check_budget(token_budget)
+    widths = [len(p.prompt) + max(map(len, p.replies)) for p in pairs]
+    cuts: list[list[int]] = []
+    for pair in sorted(range(len(pairs)), key=widths.__getitem__):
+        # The newest pair sets the padded width.
+        count = len(cuts[-1]) + 1 if cuts else 1
+        if cuts and count * len(pairs[pair].replies) * widths[pair] <= token_budget:
+            cuts[-1].append(pair)
+        else:
+            cuts.append([pair])
+    return cuts
 
 
-def _tree_tokens(pair: PairTokens) -> int:
-    if pair.rejected is None:
-        return len(pair.prompt) + len(pair.chosen)
-    shared = common_prefix_length(pair.chosen, pair.rejected)
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected) - shared
+def _check_budget(token_budget: int) -> None:
+    if token_budget < 1:
+        raise ValueError(f"token_budget must be at least 1, got {token_budget}")
 
 
 def plan_step(
     pairs: Sequence[PairTokens],
     token_budget: int,
     layout: Layout = "tree",
+    backend: str = "gathered",
     pad_token_id: int = 0,
 ) -> list[MicroBatch]:
-    """A step's pairs as micro-batches; every pair is in exactly one."""
-    batches: Iterable[list[PairTokens]] = (
-        [pairs[i] for i in cut] for cut in cut_step(pairs, token_budget, layout)
-    )
-    if layout == "tree":
-        return [pack_tree(batch) for batch in batches]
-    return [pack_padded(batch, pad_token_id) for batch in batches]
+    """A step's pairs as micro-batches; every pair is in exactly one.
+
+    Args:
+        pairs: of one step.
+        token_budget: tokens of a micro-batch; see `cut_step`.
+        layout: "tree" or "padded".
+        backend: of a tree's attention; see `dpo_kit.attention`.
+        pad_token_id: fills padded rows.
+    """
+    if layout == "padded":
+        cuts = _cut_padded(pairs, token_budget)
+        return [pack_padded([pairs[i] for i in cut], pad_token_id) for cut in cuts]
+    sequences, starts = sequences_of(pairs)
+    given = sort_sequences(sequences)
+    cuts = _cut_sorted(given, len(pairs), token_budget)
+    if len(cuts) == 1:
+        return [_pack_sorted(pairs, given, starts, backend)]
+    batches = []
+    for cut in cuts:
+        numbers = cut if len(sequences) == len(pairs) else cut + [len(pairs) + i for i in cut]
+        part = given.select(numbers)
+        batches.append(_pack_sorted([pairs[i] for i in cut], part, [starts[i] for i in numbers], backend))
+    return batches

@@ -74,7 +74,11 @@ def settle_layout(
         return "padded"
     rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[place]]
     pairs = [to_pair(row) for row in rows]
-    reasons = [reason for layout, reason in (choose_layout(m, pairs) for m in models) if layout == "padded"]
+    reasons = [
+        reason
+        for layout, reason in (choose_layout(m, pairs, args.backend) for m in models)
+        if layout == "padded"
+    ]
     if reasons and args.layout == "tree":
         raise InputError(
             reasons[0], field="train.layout", mend="Set it to auto: padded sequences are then used."

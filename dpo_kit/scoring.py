@@ -139,7 +139,9 @@ def full_logit_logprobs(model: nn.Module, pairs: Sequence[PairTokens]) -> Tensor
     return torch.cat(entries)
 
 
-def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout, str]:
+def choose_layout(
+    model: nn.Module, pairs: Sequence[PairTokens], backend: str = "gathered"
+) -> tuple[Layout, str]:
     """The layout that a model may be trusted with, and why, where it is not the tree.
 
     A model with recurrent state, or with attention of its own, gives wrong log-probs on tree rows and
@@ -149,6 +151,7 @@ def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout
     Args:
         model: a causal LM, not wrapped.
         pairs: what the run trains on; the longest and a few others are looked at.
+        backend: of the tree's attention.
 
     Raises:
         InputError: even padded sequences do not give the model's own log-probs.
@@ -156,11 +159,11 @@ def choose_layout(model: nn.Module, pairs: Sequence[PairTokens]) -> tuple[Layout
     probe = _probe(pairs)
     low_precision = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     if low_precision and sum(p.numel() for p in model.parameters()) <= _COPY_PARAMETERS:
-        return choose_layout(copy.deepcopy(model).float(), probe)
-    tree = _difference(model, probe, "tree", low_precision)
+        return choose_layout(copy.deepcopy(model).float(), probe, backend)
+    tree = _difference(model, probe, pack_tree(probe, backend), low_precision)
     if not tree:
         return "tree", ""
-    if padded := _difference(model, probe, "padded", low_precision):
+    if padded := _difference(model, probe, pack_padded(probe), low_precision):
         raise InputError(
             f"{type(model).__name__} cannot be scored: on a token tree, {tree}; padded, {padded}",
             field="model.path",
@@ -175,10 +178,9 @@ def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:
     return [longest, *(p for p in pairs[:3] if p is not longest)]
 
 
-def _difference(model: nn.Module, pairs: list[PairTokens], layout: Layout, low_precision: bool) -> str:
-    """What is wrong with a layout for a model; empty where its log-probs are those of the definition."""
+def _difference(model: nn.Module, pairs: list[PairTokens], batch: MicroBatch, low_precision: bool) -> str:
+    """What is wrong with how pairs are packed, for a model; empty where its log-probs are as defined."""
     tolerance = 0.2 if low_precision else 1e-4
-    batch = (pack_tree if layout == "tree" else pack_padded)(pairs)
     training = model.training
     model.eval()
     try:

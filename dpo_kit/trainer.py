@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -26,8 +26,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from dpo_kit.callbacks import MetricsFile, Progress
-from dpo_kit.checkpoints import newest_checkpoint, put_aside
+from dpo_kit.capacity import bytes_per_token, free_bytes, tokens_that_fit, training_bytes
+from dpo_kit.checkpoints import name_whole, newest_checkpoint, put_aside
+from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
+from dpo_kit.dealing import PromptGroups, TokenRows
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.losses import LogProbs, Objective, make_objective
@@ -37,6 +40,9 @@ from dpo_kit.packing import Layout, MicroBatch, PairTokens, plan_step
 from dpo_kit.preparation import own_forward, settle_layout, tokenized
 from dpo_kit.reference import Reference, make_reference
 from dpo_kit.scoring import sequence_logprobs
+
+# Pairs on which it is measured what a token takes of the memory.
+_CAPACITY_PAIRS = 16
 
 # Tokens computed, tokens of separate sequences, pairs and seconds so far: a resumed run counts on.
 _COUNTS_FILE = "counts.json"
@@ -127,6 +133,9 @@ class PreferenceTrainer(Trainer):
             self.reference.model.to(args.device)
         self.layout: Layout = "padded"
         self._settle_layout(train_dataset if train_dataset is not None else eval_dataset)
+        if args.compile_blocks:
+            for compiled in filter(None, (self._policy, self.reference.model)):
+                compile_blocks(compiled)
 
     def _make_reference(self, policy: nn.Module, given: Any, args: PreferenceConfig) -> Reference:
         if given is policy:
@@ -159,13 +168,41 @@ class PreferenceTrainer(Trainer):
         others = [] if reference.model is None or reference.is_policy else [reference.model]
         self.layout = settle_layout([policy, *others], dataset, self.args, self._pair)
 
+    def _settle_token_budget(self) -> None:
+        """On CUDA, "auto" is what the free memory allows; the same on all ranks."""
+        if self.args.tokens_per_micro_batch != "auto" or self.args.device.type != "cuda":
+            return
+        data: Any = self.train_dataset
+        pairs = [self._pair(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]
+        if len(pairs) < 2:
+            return
+        half, whole = (
+            plan_step(part, sys.maxsize, self.layout, self.args.backend)[0].to(self.args.device)
+            for part in (pairs[: len(pairs) // 2], pairs)
+        )
+        with self.accelerator.autocast(), self._attention(self._policy):
+            per_token = bytes_per_token(self._policy.train(), half, whole)
+        free, reserved = free_bytes(self.args.device), training_bytes(self._policy)
+        fit = torch.tensor([tokens_that_fit(free, reserved, per_token)], device=self.args.device)
+        self.args.auto_tokens = int(self.accelerator.gather(fit).min())
+
     def _pair(self, row: dict[str, Any]) -> PairTokens:
         return PairTokens.from_row(row, with_rejected=self.objective.needs_rejected)
 
     def _plan(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[MicroBatch]]:
         """The collator: rows of one step -> its micro-batches."""
         pairs = [self._pair(row) for row in rows]
-        return {"micro_batches": plan_step(pairs, self.args.token_budget, self.layout)}
+        return {"micro_batches": plan_step(pairs, self.args.token_budget, self.layout, self.args.backend)}
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """What the dataloaders read: the columns that a plan needs, without a Python object per token."""
+        return TokenRows(dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data: Any = self.train_dataset
+        if self.args.group_by_prompt:
+            return PromptGroups(data, self.args.per_device_train_batch_size, self.args.seed)
+        return super()._get_train_sampler(data)
 
     def _log_probs(self, model: nn.Module, batch: MicroBatch) -> LogProbs:
         """Score a micro-batch under policy and reference."""
@@ -340,6 +377,7 @@ class PreferenceTrainer(Trainer):
             return done
         if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
             put_aside(self.checkpoint_folder)
+        self._settle_token_budget()
         on_cpu = self.args.device.type == "cpu"
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
@@ -427,13 +465,7 @@ class PreferenceTrainer(Trainer):
         final = self.checkpoint_folder / f"step-{step}"
         counts = [self._tokens, self._separate_tokens, self._pairs, self.train_seconds]
         (written / _COUNTS_FILE).write_text(json.dumps(counts))
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(written / "trainer_state.json"))
-        if final.exists():
-            # A run that was resumed from before it.
-            shutil.rmtree(final)
-        written.rename(final)
+        name_whole(written, final, self.state)
         rotate_checkpoints(
             output_dir=str(self.checkpoint_folder),
             save_total_limit=self.args.save_total_limit,

@@ -3,6 +3,9 @@
 The tree is kept as one packed row of tokens, depth first. It is made of *branches*: a branch sees
 exactly `depth` earlier rows (its path) and itself, causally, and needs no further structure.
 
+All of it follows from the sorted sequences and what neighbours share (`sort_sequences`), so a step is
+sorted once and the tree of any part of it is cut out of that.
+
 Only numpy here: what the rows mean (prompt, completion, loss) is not the tree's business.
 """
 
@@ -16,6 +19,44 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SortedSequences:
+    """Token sequences in lexicographic order; one that begins another comes before it.
+
+    Attributes:
+        tokens: [sum of lengths] the sequences' token ids, end to end.
+        lengths: [S] tokens of each.
+        shared: [S] tokens that each has in common with the one before it, 0 for the first.
+        places: [S] for each sequence, in the order given, its place here.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    shared: IntArray
+    places: IntArray
+
+    @property
+    def num_prefixes(self) -> int:
+        """Distinct non-empty prefixes: rows of the tree."""
+        return len(self.tokens) - int(self.shared.sum())
+
+    def select(self, numbers: Sequence[int]) -> SortedSequences:
+        """Some of the sequences, at least one, by their numbers in the order given; each at most once."""
+        places = self.places[numbers]
+        order = places.argsort()
+        kept = places[order]
+        # Sorted sequences share what all neighbours between them share.
+        shared = np.minimum.reduceat(self.shared[: kept[-1] + 1], kept[:-1] + 1)
+        lengths = self.lengths[kept]
+        moved = (self.lengths.cumsum()[kept] - lengths.cumsum()).repeat(lengths)
+        return SortedSequences(
+            tokens=self.tokens[moved + np.arange(len(moved))],
+            lengths=lengths,
+            shared=np.concatenate([[0], shared]),
+            places=_inverse(order),
+        )
 
 
 @dataclass(frozen=True)
@@ -55,60 +96,77 @@ class TokenTree:
         return np.diff(self.branch_starts, append=len(self))
 
 
-def common_prefix_length(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> int:
-    """Number of leading elements that two 1-D arrays share."""
-    n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
-
-
-def lexicographic_order(sequences: Sequence[npt.NDArray[np.integer]]) -> list[int]:
-    """Indices that sort sequences of non-negative token ids; a prefix comes before what it begins."""
+def sort_sequences(sequences: Sequence[npt.ArrayLike]) -> SortedSequences:
+    """Sort token sequences (1-D, 0 <= id < 2**32, of any length) and find what neighbours share."""
+    arrays = [np.asarray(s, np.int64) for s in sequences]
     # Big-endian bytes compare as the ids do, and Python compares bytes in C.
-    keys = [np.asarray(s).astype(">u4").tobytes() for s in sequences]
-    return sorted(range(len(keys)), key=keys.__getitem__)
+    empty = np.empty(0, np.int64)
+    raw = np.concatenate([empty, *arrays]).astype(">u4").tobytes()
+    ends = [4 * end for end in itertools.accumulate(map(len, arrays), initial=0)]
+    keys = [raw[a:b] for a, b in itertools.pairwise(ends)]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    tokens = np.concatenate([empty, *(arrays[i] for i in order)])
+    lengths = np.array([len(arrays[i]) for i in order], np.int64)
+    return SortedSequences(tokens, lengths, _shared(tokens, lengths), _inverse(np.array(order, np.int64)))
 
 
-def build_tree(sequences: Sequence[npt.ArrayLike]) -> TokenTree:
+def _shared(tokens: IntArray, lengths: IntArray) -> IntArray:
+    """[S] length of the common prefix of each sequence with the one before it, 0 for the first."""
+    limits = np.minimum(lengths[1:], lengths[:-1])
+    # Every token that has one above it is compared with that; the first difference ends the prefix.
+    ends = limits.cumsum()
+    begins = ends - limits
+    here = np.arange(limits.sum()) + (lengths[:-1].cumsum() - begins).repeat(limits)
+    above = here - lengths[:-1].repeat(limits)
+    differs = np.append(np.flatnonzero(tokens[here] != tokens[above]), len(here))
+    firsts = differs[differs.searchsorted(begins)] - begins
+    return np.concatenate([np.zeros(len(lengths[:1]), np.int64), np.minimum(firsts, limits)])
+
+
+def _inverse(order: IntArray) -> IntArray:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse
+
+
+def build_tree(sequences: Sequence[npt.ArrayLike] | SortedSequences) -> TokenTree:
     """Merge the common prefixes of token sequences.
 
     Args:
         sequences: any number of 1-D sequences of token ids (0 <= id < 2**32), of any length; equal
-            sequences and sequences that begin one another are allowed.
+            sequences and sequences that begin one another are allowed. Or the same sorted already.
 
     Returns:
         The tree; `len(tree)` is the number of distinct non-empty prefixes.
     """
-    arrays = [np.asarray(s, dtype=np.int64).reshape(-1) for s in sequences]
-    order = lexicographic_order(arrays)
-    ordered = [arrays[i] for i in order]
-    lengths = np.fromiter(map(len, ordered), np.int64, len(ordered))
-    shared = [common_prefix_length(a, b) for a, b in itertools.pairwise(ordered)]
-    depths = np.array([0, *shared][: len(ordered)], np.int64)
-    ends = lengths.cumsum()
+    given = sequences if isinstance(sequences, SortedSequences) else sort_sequences(sequences)
+    lengths, depths, ends = given.lengths, given.shared, given.lengths.cumsum()
     starts = ends - lengths
 
     # Every token of every sequence has a place; those behind the shared prefix are rows of the tree.
-    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-    is_row = positions >= np.repeat(depths, lengths)
+    positions = np.arange(len(given.tokens)) - starts.repeat(lengths)
+    is_row = positions >= depths.repeat(lengths)
     rows = is_row.cumsum() - 1
-    for i in np.flatnonzero(depths).tolist():
+    shares = np.flatnonzero(depths)
+    for above, here, depth in zip(
+        starts[shares - 1].tolist(), starts[shares].tolist(), depths[shares].tolist(), strict=True
+    ):
         # The rest are rows already, of the sequence before.
-        rows[starts[i] : starts[i] + depths[i]] = rows[starts[i - 1] : starts[i - 1] + depths[i]]
-    parents = np.where(positions > 0, np.roll(rows, 1), -1)
+        rows[here : here + depth] = rows[above : above + depth]
+    at = np.flatnonzero(is_row)
+    positions = positions[at]
+    parents = rows[at - 1]
+    parents[positions == 0] = -1
 
     branches = lengths > depths
-    sequence_rows = [np.empty(0, np.int64)] * len(order)
-    for i, start, end in zip(order, starts, ends, strict=True):
-        sequence_rows[i] = rows[start:end]
+    spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
     return TokenTree(
-        tokens=np.concatenate([np.empty(0, np.int64), *ordered])[is_row],
-        positions=positions[is_row],
-        parents=parents[is_row],
+        tokens=given.tokens[at],
+        positions=positions,
+        parents=parents,
         branch_starts=rows[(starts + depths)[branches]],
         branch_depths=depths[branches],
-        visible_rows=rows[np.repeat(branches, lengths)],
+        visible_rows=rows if branches.all() else rows[branches.repeat(lengths)],
         visible_offsets=np.concatenate([[0], lengths[branches].cumsum()]),
-        sequence_rows=sequence_rows,
+        sequence_rows=[rows[slice(*spans[place])] for place in given.places.tolist()],
     )

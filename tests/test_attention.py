@@ -24,7 +24,7 @@ def dense(query, key, value, tree, window=None, softcap=None, sinks=None, scale=
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~torch.from_numpy(sees), float("-inf"))
+    scores = scores.masked_fill(~torch.from_numpy(sees).to(scores.device), float("-inf"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return (scores.softmax(-1)[..., : len(tree)] @ value).transpose(1, 2)
@@ -70,12 +70,20 @@ def test_bf16_is_as_exact_as_a_dense_mask_in_bf16(options):
     tree = build_tree([np.concatenate([trunk, generator.integers(0, 9, n)]) for n in (5, 20, 40)])
     draw = torch.Generator().manual_seed(0)
     exact = [torch.randn(1, h, len(tree), 16, generator=draw, dtype=torch.float64) for h in (4, 2, 2)]
-    low = [x.bfloat16() for x in exact]
-    truth = dense(*[x.double() for x in low], tree, **options)
+    upstream = torch.randn(1, len(tree), 4, 16, generator=draw, dtype=torch.float64).bfloat16()
+    low = [x.bfloat16().requires_grad_() for x in exact]
+    high = [x.detach().double().requires_grad_() for x in low]
     window = {"sliding_window": options["window"]} if options else {}
     found, _ = tree_attention(torch.nn.Identity(), *low, None, tree=plan_tree_attention(tree), **window)
-    naive = dense(*low, tree, **options)
-    assert (found.double() - truth).norm() <= 1.1 * (naive.double() - truth).norm() + 1e-3 * truth.norm()
+
+    def with_gradients(out, inputs):
+        return out, *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), inputs)
+
+    truths = with_gradients(dense(*high, tree, **options), high)
+    naives = with_gradients(dense(*low, tree, **options), low)
+    for mine, naive, truth in zip(with_gradients(found, low), naives, truths, strict=True):
+        allowed = 1.1 * (naive.double() - truth).norm() + 1e-3 * truth.norm()
+        assert (mine.double() - truth).norm() <= allowed
 
 
 def test_needs_a_plan_and_no_mask_or_dropout():

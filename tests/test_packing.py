@@ -1,5 +1,7 @@
 """Steps and micro-batches: every pair once, every completion token once, under the budget."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,15 @@ def test_every_pair_is_in_one_micro_batch_under_the_budget(given, budget, layout
     for batch in plan_step(pairs, budget, layout):
         size = batch.num_tokens if layout == "tree" else batch.input_ids.numel()
         assert size <= budget or batch.num_pairs == 1
+
+
+@given(pairs_strategy, st.integers(1, 60))
+@settings(deadline=None)
+def test_a_tree_is_closed_only_when_the_next_pair_does_not_fit(given, budget):
+    pairs = as_pairs(given)
+    cuts = cut_step(pairs, budget)
+    for cut, following in itertools.pairwise(cuts):
+        assert pack_tree([pairs[i] for i in [*cut, following[0]]]).num_tokens > budget
 
 
 def test_pairs_of_one_prompt_meet_in_one_tree():

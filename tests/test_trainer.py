@@ -56,6 +56,17 @@ def first_rows(dataset, count):
     return [dataset[i] for i in range(count)]
 
 
+def test_gradient_checkpointing_keeps_loss_and_gradients(tmp_path):
+    dataset, reference = make_dataset(), make_model("llama", seed=9)
+    results = []
+    for settings in ({}, {"gradient_checkpointing": True, "tokens_per_micro_batch": 60}):
+        trainer = make_trainer(tmp_path, dataset=dataset, ref_model=reference, batch_size=8, **settings)
+        if settings:
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+        results.append(step_gradients(trainer, trainer.data_collator(first_rows(dataset, 8))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
 def test_loss_and_gradients_do_not_depend_on_the_cut_or_the_layout(tmp_path):
     dataset, reference = make_dataset(weight=[1.0, 2.0, 0.5] * 4), make_model("llama", seed=9)
     results = []
@@ -239,3 +250,37 @@ def test_rows_of_text_need_a_tokenizer(tmp_path):
     rows = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
     with pytest.raises(InputError, match="processing_class"):
         make_trainer(tmp_path, dataset=rows)
+
+
+def test_grouped_pairs_of_one_prompt_meet_and_every_pair_is_trained_on_once(tmp_path):
+    prompts = [[5, 6, 7, i] for i in range(4)]
+    rows = [(prompts[i % 4], [10 + i, 3], [40 + i, 3]) for i in range(16)]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    dataset = Dataset.from_dict(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+    tokens = {}
+    for grouped in (False, True):
+        trainer = make_trainer(
+            tmp_path, dataset=dataset, group_by_prompt=grouped, max_steps=-1, num_train_epochs=1
+        )
+        batches = [inputs["micro_batches"][0] for inputs in trainer.get_train_dataloader()]
+        seen = sorted(batch.prediction_targets[batch.prediction_targets < 40].tolist() for batch in batches)
+        assert sorted(t for step in seen for t in step if t >= 10) == list(range(10, 26))
+        tokens[grouped] = [batch.num_tokens for batch in batches]
+    # One prompt of four tokens and eight replies of two; its pairs are dealt to one step.
+    assert tokens[True] == [20] * 4
+    assert sum(tokens[False]) > 80
+
+
+def test_a_worker_that_plans_ahead_changes_nothing(tmp_path):
+    weights = []
+    for workers in (0, 1):
+        trainer = make_trainer(tmp_path / str(workers), dataloader_num_workers=workers, max_steps=3)
+        trainer.train()
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_unknown_attention_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"auto, gathered, varlen, flex"):
+        PreferenceConfig(output_dir=str(tmp_path), attention="flash")

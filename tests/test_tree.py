@@ -1,10 +1,9 @@
 """The token tree: what goes in comes out, and every distinct prefix is computed once."""
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_kit.tree import build_tree, common_prefix_length
+from dpo_kit.tree import build_tree, sort_sequences
 
 # Few distinct ids, so that long common prefixes and equal sequences are common.
 sequences = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=12)
@@ -63,8 +62,28 @@ def test_a_pair_shares_its_prompt_and_the_replies_common_beginning():
     assert tree.sequence_rows[1].tolist() == [0, 1, 2, 3]
 
 
-def test_common_prefix_length():
-    assert common_prefix_length(np.array([1, 2, 3]), np.array([1, 2, 4, 5])) == 2
-    assert common_prefix_length(np.array([1, 2]), np.array([1, 2, 3])) == 2
-    assert common_prefix_length(np.array([1]), np.array([2])) == 0
-    assert common_prefix_length(np.array([], int), np.array([2])) == 0
+def common_prefix(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@given(sequences)
+def test_sorted_sequences_know_what_neighbours_share(given):
+    found = sort_sequences(given)
+    ordered = sorted(given)
+    assert found.tokens.tolist() == [token for sequence in ordered for token in sequence]
+    assert found.lengths.tolist() == [len(sequence) for sequence in ordered]
+    assert found.shared.tolist() == [0, *map(common_prefix, ordered, ordered[1:])][: len(given)]
+    assert [ordered[place] for place in found.places] == given
+    assert sorted(found.places.tolist()) == list(range(len(given)))
+
+
+@given(sequences.filter(len), st.data())
+def test_a_selection_is_what_sorting_it_alone_gives(given, data):
+    numbers = data.draw(st.lists(st.integers(0, len(given) - 1), unique=True, min_size=1))
+    found, expected = sort_sequences(given).select(numbers), sort_sequences([given[i] for i in numbers])
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.lengths.tolist() == expected.lengths.tolist()
+    assert found.shared.tolist() == expected.shared.tolist()
+    assert [build_tree(found).tokens[rows].tolist() for rows in build_tree(found).sequence_rows] == [
+        given[i] for i in numbers
+    ]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from dpo_kit.attention import varlen
+from dpo_kit.attention.flex import FlexAttention
 from dpo_kit.attention.gathered import GatheredAttention
 from dpo_kit.tree import TokenTree
 
@@ -54,7 +56,16 @@ class TreeAttentionPlan(Protocol):
         """
 
 
-_BACKENDS: dict[str, Callable[[TokenTree], TreeAttentionPlan]] = {"gathered": GatheredAttention.plan}
+ATTENTION_BACKENDS: dict[str, Callable[[TokenTree], TreeAttentionPlan]] = {
+    "gathered": GatheredAttention.plan,
+    "varlen": varlen.VarlenAttention.plan,
+    "flex": FlexAttention.plan,
+}
+
+
+def attention_backend(device_type: str) -> str:
+    """The backend to plan with for a device ("cuda", "cpu", ...)."""
+    return "varlen" if device_type == "cuda" and varlen.available() else "gathered"
 
 
 def plan_tree_attention(tree: TokenTree, backend: str = "gathered") -> TreeAttentionPlan:
@@ -63,9 +74,9 @@ def plan_tree_attention(tree: TokenTree, backend: str = "gathered") -> TreeAtten
     Raises:
         ValueError: unknown backend.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"unknown attention backend '{backend}'; known: {', '.join(_BACKENDS)}")
-    return _BACKENDS[backend](tree)
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"unknown attention backend '{backend}'; known: {', '.join(ATTENTION_BACKENDS)}")
+    return ATTENTION_BACKENDS[backend](tree)
 
 
 def tree_attention(

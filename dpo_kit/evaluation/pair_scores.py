@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dpo_kit.attention import attention_backend
 from dpo_kit.packing import Layout, PairTokens, plan_step
 from dpo_kit.scoring import choose_layout, sequence_logprobs
 
@@ -37,14 +38,15 @@ def score_pairs(
     model.eval()
     device = next(model.parameters()).device
     probe = [PairTokens.from_row(row) for row in dataset.select(range(min(len(dataset), _PAIRS_AT_ONCE)))]
-    layout, reason = choose_layout(model, probe)
+    backend = attention_backend(device.type)
+    layout, reason = choose_layout(model, probe, backend)
     values = torch.empty(len(dataset), 2, dtype=torch.float64)
     lengths = torch.empty(len(dataset), 2, dtype=torch.int64)
     for start in range(0, len(dataset), _PAIRS_AT_ONCE):
         rows = dataset.select(range(start, min(start + _PAIRS_AT_ONCE, len(dataset))))
         # The pair's number travels where its source would, through whatever order the packing makes.
         pairs = [PairTokens.from_row(row | {"source": str(start + i)}) for i, row in enumerate(rows)]
-        for batch in plan_step(pairs, token_budget, layout):
+        for batch in plan_step(pairs, token_budget, layout, backend):
             with torch.no_grad():
                 sums = sequence_logprobs(model, batch.to(device)).sequences
             index = torch.tensor([int(source) for source in batch.sources])

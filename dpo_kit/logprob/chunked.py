@@ -9,6 +9,7 @@ Shapes: N rows, C rows of one chunk, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        rows = max(1, chunk_bytes // (weight.shape[0] * hidden.element_size()))
+        rows = _chunk_rows(len(hidden), weight.shape[0] * hidden.element_size(), chunk_bytes)
         reduced = torch.promote_types(dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=reduced, device=hidden.device)
         lse = torch.empty_like(logps)
@@ -121,6 +122,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias_dtype),
             *(None,) * 7,
         )
+
+
+def _chunk_rows(length: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Rows of a chunk: all alike, since a small last one multiplies slowly."""
+    chunks = max(1, math.ceil(length * row_bytes / chunk_bytes))
+    return max(1, math.ceil(length / chunks))
 
 
 def _slices(length: int, step: int) -> list[slice]:

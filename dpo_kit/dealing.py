@@ -1,0 +1,171 @@
+"""Tokenised data set -> rows without Python lists, and the order in which pairs are dealt to steps.
+
+`TokenRows` is what a dataloader reads pairs from: `datasets` itself turns every token into a Python object
+first, which takes longer than all of the planning. `PromptGroups` is a sampler that keeps the pairs of one
+prompt together, so that they meet in one token tree. Plans nothing (`packing`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from dpo_kit.tree import IntArray
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+# What `PairTokens.from_row` takes.
+READ = ("prompt_ids", "chosen_ids", "rejected_ids", "weight", "margin", "source")
+
+# Groups among which one is looked for that fits what is left of a step.
+_WINDOW = 64
+_ROWS_AT_ONCE = 10_000
+
+
+class TokenRows(Dataset):
+    """The rows of a tokenised data set, token ids as views of its Arrow buffers.
+
+    Nothing is copied: where the data set is mapped from a file, rows are read when they are asked for.
+
+    Args:
+        dataset: with `prompt_ids` and `chosen_ids`, and any of `READ`; its other columns are left out.
+    """
+
+    def __init__(self, dataset: datasets.Dataset) -> None:
+        self._dataset = dataset
+        self._names = [name for name in READ if name in dataset.column_names]
+        batches = dataset.data.table.select(self._names).to_batches()
+        self._parts = [[_reader(column) for column in batch.columns] for batch in batches]
+        self._firsts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        # A selection or a shuffle of a data set is its table and the rows that are meant.
+        chosen = dataset._indices
+        self._chosen = None if chosen is None else chosen.column(0).to_numpy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that is not forked opens the file; the views would be sent as what they show.
+        return TokenRows, (self._dataset,)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several rows at once, as torch's dataloader asks for them."""
+        rows = np.asarray(indices if self._chosen is None else self._chosen[indices], np.int64)
+        parts = self._firsts.searchsorted(rows, side="right") - 1
+        places = (rows - self._firsts[parts]).tolist()
+        return [
+            {name: read(place) for name, read in zip(self._names, self._parts[part], strict=True)}
+            for part, place in zip(parts.tolist(), places, strict=True)
+        ]
+
+
+def _reader(column: pa.Array) -> Callable[[int], Any]:
+    """Row number -> value; a list as a view of its elements."""
+    if not hasattr(column, "offsets"):
+        return lambda row: column[row].as_py()
+    values, bounds = column.values.to_numpy(), column.offsets.to_numpy()
+    return lambda row: values[bounds[row] : bounds[row + 1]]
+
+
+class PromptGroups(Sampler[int]):
+    """A random order of pairs in which those of one prompt stand together; see `deal`.
+
+    It is the same on all ranks. Accelerate hands whole batches to the ranks in turn, so `batch_size` is what
+    one rank's dataloader takes at a time, and one step is as many neighbouring batches as there are ranks.
+
+    Pairs of one prompt are not independent: a step's gradient is an average over fewer prompts than with a
+    plain shuffle, and so is noisier. What is trained on in an epoch stays the same, its order does not.
+
+    Args:
+        dataset: tokenised.
+        batch_size: pairs of a dataloader's batch.
+        seed: with the epoch, decides the order.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, batch_size: int, seed: int) -> None:
+        self._groups = prompt_groups(dataset)
+        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(deal(self._groups, self._batch_size, self._seed, self._epoch).tolist())
+
+
+def prompt_groups(dataset: datasets.Dataset) -> IntArray:
+    """[N] number of each row's prompt; rows of equal `prompt_ids` have the same one.
+
+    Prompts are told apart by a digest of 128 bits, so that they need not be kept.
+    """
+    numbers: dict[bytes, int] = {}
+    rows = TokenRows(dataset.select_columns(["prompt_ids"]))
+    digests = (
+        blake2b(row["prompt_ids"].tobytes(), digest_size=16).digest()
+        for first in range(0, len(rows), _ROWS_AT_ONCE)
+        for row in rows.__getitems__(range(first, min(first + _ROWS_AT_ONCE, len(rows))))
+    )
+    return np.array([numbers.setdefault(digest, len(numbers)) for digest in digests], np.int64)
+
+
+def deal(groups: IntArray, batch_size: int, seed: int, epoch: int) -> IntArray:
+    """A random order of rows whose batches cut few groups in two.
+
+    A group that is larger than a batch is cut into whole batches and a rest. Groups are drawn at random;
+    where the next one is larger than what is left of a batch, one of the next 64 that does fit goes
+    first, and where none does, the next one is cut, because a batch has exactly `batch_size` rows.
+
+    Args:
+        groups: [N] number of each row's group, from 0.
+        batch_size: rows of each batch; the last one may have fewer.
+        seed: with `epoch` decides the order.
+
+    Returns:
+        [N] every row once.
+    """
+    random = np.random.default_rng([seed, epoch])
+    rows = random.permutation(len(groups))
+    rows = rows[groups[rows].argsort(kind="stable")]
+    begins, ends = _stretches(groups, batch_size)
+    drawn = random.permutation(len(begins))
+    upcoming = zip(begins[drawn].tolist(), ends[drawn].tolist(), strict=True)
+
+    dealt: list[tuple[int, int]] = []
+    window = list(itertools.islice(upcoming, _WINDOW))
+    room = batch_size
+    while window:
+        place = next((i for i, (begin, end) in enumerate(window) if end - begin <= room), 0)
+        begin, end = window.pop(place)
+        if end - begin > room:
+            window.insert(0, (begin + room, end))
+            end = begin + room
+        else:
+            window.extend(itertools.islice(upcoming, 1))
+        dealt.append((begin, end))
+        room = room - (end - begin) or batch_size
+    begins, ends = np.array(dealt, np.int64).reshape(-1, 2).T
+    lengths = ends - begins
+    return rows[np.arange(len(rows)) + (begins - lengths.cumsum() + lengths).repeat(lengths)]
+
+
+def _stretches(groups: IntArray, batch_size: int) -> tuple[IntArray, IntArray]:
+    """Where parts of at most `batch_size` rows begin and end among the rows sorted by group."""
+    sizes = np.bincount(groups)
+    parts = -(-sizes // batch_size)
+    within = np.arange(parts.sum()) - (parts.cumsum() - parts).repeat(parts)
+    begins = (sizes.cumsum() - sizes).repeat(parts) + within * batch_size
+    return begins, np.append(begins[1:], len(groups))
