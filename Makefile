@@ -32,9 +32,17 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Speed and memory against TRL on the same work; see benchmarks/README.md.
-bench: $(READY)
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+# Speed and memory against TRL on the same work -> benchmarks/results; see benchmarks/README.md.
+# The newest TRL has an environment of its own. A run that was cut off goes on; ARGS="--fresh" begins anew.
+bench: $(READY) .venv-trl-newest/.installed
+	$(BIN)/python benchmarks/suite.py $(ARGS)
+
+.venv-trl-newest/.installed: benchmarks/trl-newest.txt constraints.txt
+	$(PYTHON) -m venv .venv-trl-newest
+	echo '*' > .venv-trl-newest/.gitignore
+	sed '/^trl==/d' constraints.txt > .venv-trl-newest/constraints.txt
+	.venv-trl-newest/bin/python -m pip install -q -c .venv-trl-newest/constraints.txt -r benchmarks/trl-newest.txt
+	touch $@
 
 data: $(READY)
 	$(BIN)/python data/make_small_world.py

@@ -45,14 +45,25 @@ def _own_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, usable cores, memory and system."""
-    return {
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Processor, usable cores, memory, system, and the GPU where that is what is measured."""
+    found: dict[str, Any] = {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
     }
+    if device == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def machine_in_words(found: dict[str, Any]) -> str:
+    """One line."""
+    gpu = f"{found['gpu']}, " if "gpu" in found else ""
+    return f"{gpu}{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 1e9:.0f} GB"
 
 
 def _cpu_model() -> str:

@@ -1,64 +1,93 @@
-"""Time one epoch of DPO against the incumbents on the same work: `python benchmarks/speed.py --help`.
+"""Time one epoch of DPO against other trainers on the same work: `python benchmarks/speed.py --help`.
 
-What is measured, and how, stands in README.md beside this file.
+What is measured, and how, stands in README.md beside this file; suite.py is `make bench`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import OthersClock, machine
-from matmul_rate import DTYPES, matmul_rates, shapes_in_use
-from results import OURS, agreement, markdown, speeds
-from workload import GENERATED, HH, count_work, model_fields, write_workload
+from compare import compared
+from lengths import LENGTHS
+from machine import machine
+from presets import DEFAULT, PRESETS, default_weights, model_fields
+from runner import Runner, SideFailed, check_side, is_ours, write_whole
+from tables import comparison_details, comparison_table
+from workload import Task, described, settled_work, write_task
 
 from dpo_kit.errors import InputError
 
-PEERS = ("trl-1.12",)
+PEERS = ("trl-newest", "trl-1.12", "naive")
+OURS = ("dpo_kit", "dpo_kit-loop", "dpo_kit-within-pairs", "dpo_kit-padded")
 
 
-class SideFailed(Exception):  # noqa: N818
-    """A side's process ended without a result; the message is what it printed last."""
+def default_ours() -> str:
+    """The Trainer, or the loop where the Trainer's data sets are not installed."""
+    return "dpo_kit" if importlib.util.find_spec("datasets") else "dpo_kit-loop"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument(
+        "--work",
+        default="hh",
+        help=f"hh (the real file where it is, else its lengths), {', '.join(LENGTHS)}, fixed-P-R, or a file",
+    )
+    made.add_argument("--pairs", type=int, default=64)
+    made.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
+    made.add_argument("--replies", type=int, default=2, help="ranked replies per prompt of generated pairs")
+    made.add_argument("--order", choices=("random", "sorted"), default="random", help="sorted: by length")
+    made.add_argument("--reference", choices=("live", "precomputed"), default="live")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
+    made.add_argument("--weights", choices=("fp32", "bf16"), help="default: fp32, bf16 for llama-8b")
+    made.add_argument("--model", choices=PRESETS, default=DEFAULT)
+    for name in ("--layers", "--hidden", "--vocabulary"):
+        made.add_argument(name, type=int, help="in place of the model's own")
+    made.add_argument(
+        "--peer", choices=(*PEERS, "none"), action="append", help="default: trl-1.12; repeatable"
+    )
+    made.add_argument("--ours", choices=OURS, default=default_ours())
+    made.add_argument("--only", choices=(*OURS, *PEERS), help="run this side alone")
+    made.add_argument(
+        "--profile", action="store_true", help="with --only: print where the time goes, no speed"
+    )
+    made.add_argument("--repeats", type=int, default=1, help="runs of each peer, ours in between")
+    made.add_argument("--warmup-steps", type=int, help="first steps not timed; default: 0, on CUDA 2")
+    made.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
+    made.add_argument("--tokens-per-micro-batch", type=_budget, default="auto", help="of dpo_kit")
+    made.add_argument("--out", type=Path, help="write the results as JSON")
+    made.add_argument("--kept", type=Path, help="a folder of finished runs, which are not run again")
+    return made
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with what does not go together refused."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", default=None, help=f"pairs, or '{GENERATED}'; default: HH where it is, else {GENERATED}"
-    )
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs in a step")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16: autocast, weights in fp32")
-    parser.add_argument("--peer", choices=PEERS, default=PEERS[0])
-    parser.add_argument("--only", choices=(OURS, *PEERS), help="run this side alone")
-    parser.add_argument(
-        "--profile", action="store_true", help="with --only: print where the time goes, and no speed"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=1, help="runs of each side, taking turns; medians are reported"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's own choice")
-    parser.add_argument("--tokens-per-micro-batch", type=_budget, default="auto", help="of dpo_kit")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    given = parser.parse_args(arguments)
+    made = parser()
+    given = made.parse_args(arguments)
     if given.profile and not given.only:
-        parser.error("--profile needs --only")
-    if min(given.pairs, given.batch_size, given.repeats, given.layers) < 1 or given.threads < 0:
-        parser.error("--pairs, --batch-size, --repeats and --layers must be at least 1, --threads at least 0")
+        made.error("--profile needs --only")
+    if (
+        min(given.pairs, given.batch_size, given.repeats) < 1
+        or min(given.threads, given.warmup_steps or 0) < 0
+    ):
+        made.error(
+            "--pairs, --batch-size, --repeats must be at least 1, --threads, --warmup-steps at least 0"
+        )
+    if given.replies < 2:
+        made.error("--replies must be at least 2")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch sees no GPU here")
     return given
 
 
@@ -66,126 +95,104 @@ def _budget(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def check_peer(side: str) -> None:
-    """A peer's name says its version; the number must not be another's."""
-    package, _, wanted = side.partition("-")
-    if not wanted:
-        return
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        found = "not installed"
-    if not found.startswith(f"{wanted}."):
-        raise InputError(
-            f"{package} {wanted} is asked for, and {package} here is {found}",
-            field="--peer",
-            mend=f"pip install '{package}=={wanted}.*', or run --only {OURS}.",
-        )
-
-
-def source_of(data: str | None) -> Path | None:
-    """The file of pairs, None for generated ones."""
-    if data is None:
-        return HH if HH.exists() else None
-    return None if data == GENERATED else Path(data)
-
-
-def run_side(side: str, folder: Path, threads: int, profile: bool) -> dict[str, Any]:
-    """One epoch of one side in a fresh process."""
-    out = folder / "result.json"
-    out.unlink(missing_ok=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, str(Path(__file__).with_name("peers.py")), side, str(folder), str(out)]
-    print(f"{side} ...", file=sys.stderr, flush=True)
-    clock = OthersClock()
-    done = subprocess.run(
-        command + ["--profile"] * profile, env=environment, capture_output=True, text=True, check=False
+def task_of(given: argparse.Namespace) -> Task:
+    """What the command line asks for."""
+    warmup = given.warmup_steps
+    return Task(
+        model=model_fields(given.model, given.layers, given.hidden, given.vocabulary),
+        work=settled_work(given.work),
+        pairs=given.pairs,
+        batch_size=given.batch_size,
+        replies=given.replies,
+        order=given.order,
+        dtype=given.dtype,
+        weights=given.weights or default_weights(given.model),
+        device=given.device,
+        reference=given.reference,
+        warmup_steps=(2 if given.device == "cuda" else 0) if warmup is None else warmup,
+        threads=given.threads,
+        tokens_per_micro_batch=given.tokens_per_micro_batch,
     )
-    others = clock.cores()
-    if done.returncode or not out.exists():
-        raise SideFailed(
-            f"{side} failed with status {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
-    if profile:
-        print(done.stdout)
-    return json.loads(out.read_text(encoding="utf-8")) | {"others_cores": others}
 
 
-def prepare(given: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the work to the folder -> its description and the model's configuration."""
-    source = source_of(given.data)
-    fields = model_fields(given.layers, given.hidden, given.vocabulary)
-    pairs = write_workload(folder, source, given.pairs, fields)
-    told = ("pairs", "batch_size", "dtype", "threads", "tokens_per_micro_batch")
-    work = {
-        "data": "random tokens with lengths as in HH" if source is None else source.name,
-        "source": GENERATED if source is None else str(source),
-        **{name: vars(given)[name] for name in told},
-        "model": ", ".join(f"{name} {value}" for name, value in fields.items()),
-        **asdict(count_work(pairs, given.batch_size, fields)),
+def compare(runner: Runner, task: Task, ours: str, peers: Sequence[str], repeats: int = 1) -> dict[str, Any]:
+    """Run peers with ours before, between and after -> everything that is reported of them.
+
+    Args:
+        runner: runs, or finds what was run before.
+        task: the work.
+        ours: the side of dpo_kit that ratios are taken against; "" to run the peers alone.
+        peers: the other sides.
+        repeats: runs of each peer.
+    """
+    for side in peers:
+        check_side(side)
+    with tempfile.TemporaryDirectory(prefix="dpo-kit-bench-") as folder:
+        work = write_task(task, Path(folder))
+    if task.threads:
+        torch.set_num_threads(task.threads)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in (*peers, *([ours] if ours else []))}
+    order = [side for _ in range(repeats) for peer in peers for side in (ours, peer)] + [ours]
+    for side in filter(None, order):
+        runs[side].append(runner.run(side, task, repeat=len(runs[side])))
+    every = [run for side in runs.values() for run in side]
+    return {
+        "task": asdict(task),
+        "described": described(task.work),
+        "work": asdict(work),
+        "ours": ours,
+        "machine": machine(task.device),
+        "others_cores": max(run["others_cores"] or 0.0 for run in every),
+        "threads": every[-1]["threads"],
+        "versions": {side: runs[side][0]["versions"] for side in runs},
+        "commit": runs[ours][-1].get("commit", "") if ours else "",
+        "at": [min(run["at"] for run in every), max(run["at"] for run in every)],
+        **compared(runs, ours, work.flops, task.dtype),
+        "runs": _without_times_where_unequal(runs, ours, task.dtype),
     }
-    (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
-    return work, fields
 
 
-def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All runs, and what came of them."""
-    sides = (given.only,) if given.only else (given.peer, OURS)
-    for side in sides:
-        check_peer(side)
-    if given.threads:
-        torch.set_num_threads(given.threads)
-    work, fields = prepare(given, folder)
-    shapes = shapes_in_use(given.hidden, fields["intermediate_size"], given.vocabulary)
-    before = matmul_rates(given.dtype, shapes)
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-    for _ in range(given.repeats):
-        for side in sides:
-            runs[side].append(run_side(side, folder, given.threads, given.profile))
-    after = matmul_rates(given.dtype, shapes)
-    # The best that the machine showed: a rate that was disturbed would flatter the share.
-    best = {shape: max(before[shape], after[shape]) for shape in before}
-    shape = max(best, key=best.__getitem__)
-
-    agreed = agreement(runs, given.dtype)
-    results = {
-        "machine": machine(),
-        "others_cores": max(run["others_cores"] or 0.0 for side in sides for run in runs[side]),
-        "threads": runs[sides[-1]][0]["threads"],
-        "versions": runs[sides[-1]][0]["versions"],
-        "work": work,
-        "agreement": agreed,
-        "matmul": {"rate": best[shape], "shape": shape, "before": before, "after": after},
+def _without_times_where_unequal(
+    runs: dict[str, list[dict[str, Any]]], ours: str, dtype: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Every run as it was; of those that computed something else, no times."""
+    found = compared(runs, ours, 1, dtype)["sides"]
+    timed = {"seconds", "step_seconds", "setup_seconds", "precompute_seconds", "peak_memory_bytes"}
+    return {
+        side: [{k: v for k, v in run.items() if "seconds" in found[side] or k not in timed} for run in each]
+        for side, each in runs.items()
     }
-    if agreed is not None and not agreed["agree"]:
-        return results | {"steps": {side: runs[side][0]["steps"] for side in sides}}
-    if not given.profile:
-        results["speed"] = speeds(runs, work["flops"], best[shape])
-        results["runs"] = runs
-    return results
+
+
+def agrees(found: dict[str, Any]) -> bool:
+    """Whether all sides of a comparison computed the same."""
+    return all(side.get("agreement", {"agree": True})["agree"] for side in found["sides"].values())
 
 
 def main(arguments: list[str] | None = None) -> int:
     """-> 0 done, 1 the sides disagree or one of them failed, 2 wrong input."""
     given = parse(arguments)
     try:
-        with tempfile.TemporaryDirectory(prefix="dpo-kit-speed-") as folder:
-            results = measure(given, Path(folder))
+        task, runner = task_of(given), Runner(given.kept)
+        if given.only and given.profile:
+            check_side(given.only)
+            runner.run(given.only, task, profile=True)
+            return 0
+        peers = [peer for peer in given.peer or ["trl-1.12"] if peer != "none"]
+        ours = given.ours
+        if given.only:
+            ours, peers = (given.only, []) if is_ours(given.only) else ("", [given.only])
+        found = compare(runner, task, ours, peers, given.repeats)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
     except SideFailed as error:
         print(error, file=sys.stderr)
         return 1
-    print(markdown(results))
+    print("\n".join([*comparison_table([found]), "", *comparison_details(found)]))
     if given.out:
-        written = given.out.with_name(given.out.name + ".writing")
-        written.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        os.replace(written, given.out)
-    agreed = results["agreement"]
-    return 0 if agreed is None or agreed["agree"] else 1
+        write_whole(given.out, json.dumps(found, indent=1))
+    return 0 if agrees(found) else 1
 
 
 if __name__ == "__main__":

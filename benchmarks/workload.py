@@ -1,111 +1,114 @@
-"""The work that every side of the speed benchmark gets, and the arithmetic that it asks for at least.
+"""The work that every side of the benchmark gets: a task, and the folder of token ids that stands for it.
 
-Model, tokenizer and pairs of token ids are written to a folder once; `peers.py` reads them there, so
-that weights, ids and order are the same on all sides. Nothing is timed here.
+`peers.py` reads the folder in the sides' own processes, so that ids and order are the same on all sides;
+the weights are made there from the same configuration and seed. Nothing is timed here, and what needs
+the `datasets` package is imported only where real pairs are read.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from lengths import LENGTHS, generated_pairs, lengths_of
 
 from dpo_kit.errors import InputError
-from dpo_kit.models import load_config, load_model, output_head
-from dpo_kit.packing import PairTokens, sequences_of
-from dpo_kit.pairs import read_pairs
-from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe
-from dpo_kit.tree import build_tree
+from dpo_kit.packing import PairTokens
+from dpo_kit.roofline import Work, count_work
 
-HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
-GENERATED = "generated"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+HH = DATA / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
 BPE_TOKENS = 8192
-HEAD_SIZE = 64
-
-# Tokens of prompt, chosen and rejected in HH harmless-base (test split, 2303 usable pairs, byte-level BPE
-# of 8192 tokens learned on it), at these percentiles; the longest one in a hundred is left out.
-_PERCENTILES = (0, 5, 25, 50, 75, 95, 99)
-_HH_LENGTHS = {
-    "prompt_ids": (8, 16, 33, 97, 171, 354, 542),
-    "chosen_ids": (2, 7, 16, 29, 55, 123, 204),
-    "rejected_ids": (2, 7, 19, 38, 68, 150, 259),
-}
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one epoch computes.
+class Task:
+    """What one run computes; with the side and its versions, what a kept result is found by.
 
     Attributes:
-        distinct_tokens: tokens of the token trees of all steps.
-        separate_tokens: tokens of the same sequences kept apart, unpadded.
-        padded_tokens: tokens of one rectangle per step, all sequences as long as the longest.
-        predictions: completion tokens of the trees, each one once.
-        flops: least arithmetic, two per multiply-add: see `count_work`.
+        work: "hh" (the real file), a name in `lengths.LENGTHS`, "fixed-P-R", or a file of pairs.
+        pairs: the first so many.
+        batch_size: pairs in a step.
+        replies: ranked replies per prompt of generated pairs.
+        order: "random" (as they come) or "sorted" (by length, shortest first).
+        model: the configuration's fields.
+        dtype: "fp32", or "bf16" for autocast.
+        weights: dtype of the weights.
+        device: "cpu" or "cuda".
+        reference: "live" or "precomputed".
+        warmup_steps: first steps that no time is taken of.
+        threads: 0 for torch's own choice.
+        tokens_per_micro_batch: of dpo_kit.
+        seed: of weights and generated pairs.
     """
 
-    distinct_tokens: int
-    separate_tokens: int
-    padded_tokens: int
-    predictions: int
-    flops: int
+    model: dict[str, Any]
+    work: str = "hh"
+    pairs: int = 64
+    batch_size: int = 8
+    replies: int = 2
+    order: str = "random"
+    dtype: str = "fp32"
+    weights: str = "fp32"
+    device: str = "cpu"
+    reference: str = "live"
+    warmup_steps: int = 0
+    threads: int = 0
+    tokens_per_micro_batch: int | str = "auto"
+    seed: int = 0
 
 
-def model_fields(layers: int, hidden: int, vocabulary: int) -> dict[str, Any]:
-    """Configuration of a Llama of DESIGN.md section 10's proportions (heads of 64, 3 per key-value head)."""
-    heads = hidden // HEAD_SIZE
-    if heads < 1 or hidden % HEAD_SIZE:
-        raise InputError(f"hidden size {hidden} is not a multiple of {HEAD_SIZE}", field="--hidden")
-    return {
-        "model_type": "llama",
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads,
-        "intermediate_size": hidden * 8 // 3,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": True,
-    }
+def settled_work(work: str) -> str:
+    """The work itself, or its stand-in: real HH where the file is, else its lengths."""
+    return "hh-like" if work == "hh" and not HH.exists() else work
 
 
-def write_workload(
-    folder: Path, data: Path | None, pairs: int, fields: dict[str, Any], seed: int = 0
-) -> list[PairTokens]:
-    """Write `model/` (with the tokenizer) and `pairs.json` to a folder.
+def described(work: str) -> str:
+    """A work's pairs in words, with the source of their lengths."""
+    lengths = lengths_of(work)
+    if lengths is None:
+        return "HH harmless-base, test split, from the first" if work == "hh" else Path(work).name
+    name = "random tokens of fixed lengths" if work not in LENGTHS else f"random tokens, lengths as {work}"
+    return f"{name}: {lengths.source}" if work in LENGTHS else f"{name} ({work})"
 
-    Args:
-        folder: an existing folder.
-        data: where pairs are loaded from; None for generated ones.
-        pairs: the first so many are taken.
-        fields: see `model_fields`.
-        seed: of the weights and of generated pairs.
+
+def task_rows(task: Task) -> list[dict[str, Any]]:
+    """The pairs of a task as ids, in its order, each with a `source` of its own.
 
     Raises:
-        InputError: fewer pairs than asked for, or what loading them raises.
+        InputError: fewer pairs than asked for, or what reading them raises.
     """
-    rows, tokenizer = (
-        generated_pairs(pairs, fields["vocab_size"], seed)
-        if data is None
-        else loaded_pairs(data, pairs, min(BPE_TOKENS, fields["vocab_size"]))
-    )
-    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
-    load_model(fields, seed=seed).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return [PairTokens.from_row(row) for row in rows]
+    lengths = lengths_of(task.work)
+    if lengths is None:
+        if task.replies != 2:
+            raise InputError("ranked replies are generated, not read", field="--replies")
+        source = HH if task.work == "hh" else Path(task.work)
+        rows = loaded_pairs(source, task.pairs, min(BPE_TOKENS, task.model["vocab_size"]))
+    else:
+        rows = generated_pairs(lengths, task.pairs, task.model["vocab_size"], task.replies, task.seed)
+    if task.order == "sorted":
+        rows = sorted(rows, key=_longest)
+    return [{**row, "source": f"pair {i}"} for i, row in enumerate(rows)]
 
 
-def loaded_pairs(
-    source: Path, count: int, vocabulary: int
-) -> tuple[list[dict[str, Any]], PreTrainedTokenizerBase]:
+def _longest(row: dict[str, Any]) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+@functools.lru_cache(maxsize=2)
+def loaded_pairs(source: Path, count: int, vocabulary: int) -> list[dict[str, Any]]:
     """The first pairs of a source as ids, under a byte-level BPE learned on all of the source."""
+    from datasets import Dataset
+
+    from dpo_kit.pairs import read_pairs
+    from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe
+
     rows, _ = read_pairs(source, invalid="drop")
     if len(rows) < count:
         raise InputError(f"{len(rows)} usable pairs, {count} asked for", file=source, field="--pairs")
@@ -115,53 +118,25 @@ def loaded_pairs(
     first = Dataset.from_list([{name: row[name] for name in columns} for row in rows[:count]])
     with tempfile.TemporaryDirectory() as cache:
         ids = tokenize_pairs(first, tokenizer, max_length=None, cache_dir=cache).dataset
-        return [{f"{name}_ids": row[f"{name}_ids"] for name in columns} for row in ids], tokenizer
+        return [{name: row[name] for name in COLUMNS} for row in ids]
 
 
-def generated_pairs(
-    count: int, vocabulary: int, seed: int
-) -> tuple[list[dict[str, Any]], PreTrainedTokenizerBase]:
-    """Pairs of random tokens with lengths as in HH, and a tokenizer for the peers that must hold one."""
-    random = np.random.default_rng(seed)
-    lengths = {
-        name: np.interp(random.uniform(0, _PERCENTILES[-1], count), _PERCENTILES, known).astype(int)
-        for name, known in _HH_LENGTHS.items()
-    }
-    rows = [
-        {name: random.integers(2, vocabulary, lengths[name][i]).tolist() for name in _HH_LENGTHS}
-        for i in range(count)
-    ]
-    return rows, train_byte_level_bpe([], 258)
+def write_task(task: Task, folder: Path) -> Work:
+    """Write `task.json`, `pairs.json` and, for the peers that must hold one, a tokenizer.
 
-
-def count_work(pairs: list[PairTokens], batch_size: int, fields: dict[str, Any]) -> Work:
-    """Tokens and least arithmetic of one epoch of DPO with a live reference.
-
-    Every distinct token of a step goes through the body's matrices, and every distinct prediction through
-    the head's, four times: once forward, twice backward (to the input and to the weight), and once forward
-    in the reference. Attention adds the products of queries with keys and of weights with values, for the
-    pairs of tokens that see each other, four times too. Norms, activations, softmax and optimiser are free.
+    Returns:
+        Tokens and least arithmetic of the steps that are timed.
     """
-    body, head, attention = _matrix_sizes(fields)
-    distinct = separate = padded = predictions = visible = 0
-    for start in range(0, len(pairs), batch_size):
-        sequences, begins = sequences_of(pairs[start : start + batch_size])
-        tree = build_tree(sequences)
-        replies = [rows[begin:] for rows, begin in zip(tree.sequence_rows, begins, strict=True)]
-        distinct += len(tree)
-        separate += sum(map(len, sequences))
-        padded += len(sequences) * max(map(len, sequences))
-        predictions += len(np.unique(np.concatenate(replies)))
-        visible += int((tree.positions + 1).sum())
-    multiply_adds = 4 * (body * distinct + head * predictions + 2 * attention * visible)
-    return Work(distinct, separate, padded, predictions, 2 * multiply_adds)
+    rows = task_rows(task)
+    begin = task.warmup_steps * task.batch_size
+    if begin >= len(rows):
+        raise InputError(f"{len(rows)} pairs are all warm-up", field="--pairs")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
+    if importlib.util.find_spec("datasets"):
+        from dpo_kit.tokenization import train_byte_level_bpe
 
-
-def _matrix_sizes(fields: dict[str, Any]) -> tuple[int, int, int]:
-    """Elements of the body's matrices, of the head's, and of all layers' query vectors of one token."""
-    with torch.device("meta"):
-        model = load_model(fields)
-    head = output_head(model).module
-    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
-    config = load_config(fields)
-    return sum(matrices), head.weight.numel(), config.num_hidden_layers * config.hidden_size
+        train_byte_level_bpe([], 258).save_pretrained(folder / "tokenizer")
+    pairs = [PairTokens.from_row(row) for row in rows[begin:]]
+    return count_work(pairs, task.batch_size, task.model, reference=task.reference == "live")

@@ -14,7 +14,7 @@ from dpo_kit.errors import DpoKitWarning, InputError
 
 # Tokens of one forward and backward pass where the recipe leaves it to us. On a processor larger ones gain
 # nothing and take memory; on CUDA the trainer puts what fits in its place.
-_AUTO_TOKENS = {"cpu": 2048, "cuda": 16384}
+_AUTO_TOKENS = {"cpu": 1536, "cuda": 16384}
 
 
 def bf16_is_fast() -> bool:
@@ -33,7 +33,7 @@ class PreferenceConfig(TrainingArguments):
             TrainingArguments would make of per_device_train_batch_size, gradient_accumulation_steps
             and the number of ranks.
         tokens_per_micro_batch: token budget of one forward and backward pass. It changes memory and
-            speed, not the gradient. "auto": 2048 on a processor; on CUDA what fits into the memory that is
+            speed, not the gradient. "auto": 1536 on a processor; on CUDA what fits into the memory that is
             free when training starts.
         loss: a name, {name: ..., hyper-parameters}, or a list of {name, weight, ...}.
         reference_mode: "auto", "live" (a frozen copy in memory) or "none".

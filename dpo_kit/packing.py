@@ -27,6 +27,9 @@ from dpo_kit.errors import InputError
 from dpo_kit.tree import IntArray, SortedSequences, build_tree, sort_sequences
 
 Layout = Literal["tree", "padded"]
+
+# Of a tree that is one of several alike: pairs are not cut, so that not all have the mean size.
+_EVEN = 1.1
 TokenIds = npt.NDArray[np.integer[Any]]
 
 
@@ -222,10 +225,20 @@ def cut_step(pairs: Sequence[PairTokens], token_budget: int, layout: Layout = "t
 
 
 def _cut_sorted(given: SortedSequences, num_pairs: int, token_budget: int) -> list[list[int]]:
-    """Pairs in the order of their chosen sequences, as many to a tree as fit."""
+    """Pairs in the order of their chosen sequences, as few trees as fit, and these about alike in size."""
     _check_budget(token_budget)
     if given.num_prefixes <= token_budget:
         return [list(range(num_pairs))]
+    cuts = _fill_trees(given, num_pairs, token_budget)
+    # The largest micro-batch decides the memory, and small ones multiply slowly.
+    even = math.ceil(_EVEN * given.num_prefixes / len(cuts))
+    if even < token_budget and len(evenly := _fill_trees(given, num_pairs, even)) == len(cuts):
+        return evenly
+    return cuts
+
+
+def _fill_trees(given: SortedSequences, num_pairs: int, token_budget: int) -> list[list[int]]:
+    """As many pairs to a tree as fit."""
     lengths, shared, places = given.lengths.tolist(), given.shared.tolist(), given.places.tolist()
 
     def add(place: int) -> int:

@@ -60,7 +60,7 @@ class RunResult:
 
 
 @dataclass
-class _Evaluation:
+class Evaluation:
     """Samples on the held-out prompts, before and after; `reward` is None where the recipe has none."""
 
     prompts: list[Prompt]
@@ -94,10 +94,10 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             )
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
     evaluation = _prepare_evaluation(recipe)
-    rows = {split: _read(recipe, split, say) for split in ("train", "eval")}
+    rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
     figures: dict[str, Any] = {}
     if recipe.sft is None:
-        parts = _prepare(recipe, config, rows, evaluation, None, say)
+        parts = prepare(recipe, config, rows, evaluation, None, say)
         _open_folder(folder, resume, say)
     else:
         check_corpus(recipe)
@@ -106,7 +106,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             say("training the policy on the corpus")
             train_sft(recipe.sft, recipe, folder / "sft")
         figures |= json.loads((folder / "sft" / "figures.json").read_text())
-        parts = _prepare(recipe, config, rows, evaluation, folder / "sft" / "model", say)
+        parts = prepare(recipe, config, rows, evaluation, folder / "sft" / "model", say)
     policy, tokenizer, data, trainer = parts
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
@@ -135,11 +135,11 @@ def _open_folder(folder: Path, resume: bool, say: Say) -> None:
         raise InputError(str(error.strerror), file=folder, field="train.output_dir") from error
 
 
-def _prepare(
+def prepare(
     recipe: Recipe,
     config: PreferenceConfig,
     rows: dict[str, Dataset | None],
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     start: Path | None,
     say: Say,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
@@ -155,13 +155,14 @@ def _prepare(
     return policy, tokenizer, data, _make_trainer(recipe, config, policy, tokenizer, data)
 
 
-def _prepare_evaluation(recipe: Recipe) -> _Evaluation:
+def _prepare_evaluation(recipe: Recipe) -> Evaluation:
     prompts = load_prompts(recipe.eval.prompts, recipe.eval.max_prompts) if recipe.eval.prompts else []
     reward = load_reward(recipe.eval.reward) if recipe.eval.reward else None
-    return _Evaluation(prompts, reward)
+    return Evaluation(prompts, reward)
 
 
-def _read(recipe: Recipe, split: str, say: Say) -> Dataset | None:
+def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
+    """The usable pairs of "train" or "eval", the others accounted for; None where the recipe names none."""
     sources = getattr(recipe.data, split)
     if not sources:
         return None
@@ -260,7 +261,7 @@ def _start_of(
 
 
 def _sample(
-    model: Any, tokenizer: Any, evaluation: _Evaluation, recipe: Recipe, say: Say, when: str
+    model: Any, tokenizer: Any, evaluation: Evaluation, recipe: Recipe, say: Say, when: str
 ) -> list[Sample]:
     if not evaluation.prompts:
         return []
@@ -302,7 +303,7 @@ def _measure(
     trainer: PreferenceTrainer,
     start: Any,
     tokenizer: PreTrainedTokenizerBase,
-    evaluation: _Evaluation,
+    evaluation: Evaluation,
     recipe: Recipe,
     held_out: TokenizedPairs | None,
     say: Say,
@@ -334,7 +335,7 @@ def _measure(
     return figures
 
 
-def _rewards(evaluation: _Evaluation) -> dict[str, list[float]]:
+def _rewards(evaluation: Evaluation) -> dict[str, list[float]]:
     """The true reward of prompt and reply, before and after."""
     if evaluation.reward is None:
         return {}

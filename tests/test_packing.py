@@ -75,11 +75,10 @@ def test_every_pair_is_in_one_micro_batch_under_the_budget(given, budget, layout
 
 @given(pairs_strategy, st.integers(1, 60))
 @settings(deadline=None)
-def test_a_tree_is_closed_only_when_the_next_pair_does_not_fit(given, budget):
+def test_no_two_neighbouring_trees_would_fit_in_one(given, budget):
     pairs = as_pairs(given)
-    cuts = cut_step(pairs, budget)
-    for cut, following in itertools.pairwise(cuts):
-        assert pack_tree([pairs[i] for i in [*cut, following[0]]]).num_tokens > budget
+    for cut, following in itertools.pairwise(cut_step(pairs, budget)):
+        assert pack_tree([pairs[i] for i in cut + following]).num_tokens > budget
 
 
 def test_pairs_of_one_prompt_meet_in_one_tree():
@@ -87,6 +86,13 @@ def test_pairs_of_one_prompt_meet_in_one_tree():
     pairs = [PairTokens(prompts[i % 4], np.array([7, i]), np.array([8, i])) for i in range(8)]
     cuts = cut_step(pairs, token_budget=30)
     assert sorted(map(sorted, cuts)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_micro_batches_of_a_step_are_about_alike():
+    generator = np.random.default_rng(0)
+    pairs = [PairTokens(*(generator.integers(0, 10**6, n) for n in (30, 10, 10))) for _ in range(8)]
+    sizes = [batch.num_tokens for batch in plan_step(pairs, 350)]
+    assert sizes == [200, 200]
 
 
 def test_micro_batches_go_to_another_device_whole():

@@ -35,7 +35,7 @@ from dpo_kit.roofline import (
     shapes_in_use,
     share_of_limit,
 )
-from dpo_kit.run import Say, _Evaluation, _prepare, _read
+from dpo_kit.run import Evaluation, Say, prepare, read_pairs_of
 from dpo_kit.run_folder import write_text
 from dpo_kit.sft import check_corpus, train_sft
 from dpo_kit.trainer import PreferenceTrainer
@@ -109,7 +109,7 @@ def run_bench(
 
 def _recipe_trainer(recipe: Recipe, config: PreferenceConfig, folder: Path, say: Say) -> PreferenceTrainer:
     """What `dpo-kit train` would train with, the held-out pairs and the evaluation left out."""
-    rows = {"train": _read(recipe, "train", say), "eval": None}
+    rows = {"train": read_pairs_of(recipe, "train", say), "eval": None}
     start = None
     if recipe.sft is not None:
         check_corpus(recipe)
@@ -117,7 +117,7 @@ def _recipe_trainer(recipe: Recipe, config: PreferenceConfig, folder: Path, say:
         section = recipe.sft.model_copy(update={"train": recipe.sft.train | one_step})
         train_sft(section, recipe, folder / "sft")
         start = folder / "sft" / "model"
-    return _prepare(recipe, config, rows, _Evaluation([], None), start, say)[-1]
+    return prepare(recipe, config, rows, Evaluation([], None), start, say)[-1]
 
 
 def _small_trainer(config: PreferenceConfig) -> PreferenceTrainer:

@@ -2,13 +2,15 @@
 
     token_logprobs(hidden, weight, targets) == log_softmax(hidden @ weight.T, -1)[range(N), targets]
 
-`naive` is that line and the truth; `chunked` is the same function at bounded memory on any device.
+`naive` is that line and the truth; `chunked` is the same function at bounded memory on any device; `fused`
+is it on CUDA, with `kernels` written in Triton, and is imported only where it is used.
 This package knows no loss and no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +20,7 @@ from dpo_kit.logprob.naive import EXTRAS, naive_token_logprobs
 
 __all__ = ["EXTRAS", "chunked_token_logprobs", "naive_token_logprobs", "token_logprobs"]
 
-_IMPLEMENTATIONS = {"naive": naive_token_logprobs, "chunked": chunked_token_logprobs}
+_IMPLEMENTATIONS = ("naive", "chunked", "fused")
 
 
 def token_logprobs(
@@ -46,23 +48,42 @@ def token_logprobs(
         scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
         extras: statistics of each distribution to return beside the log-probs, without gradient:
             "entropy" (nats).
-        impl: "naive", "chunked", or "auto", which picks the fastest for the device.
+        impl: "naive", "chunked", "fused", or "auto", which picks the fastest for the device: "fused" on
+            CUDA where Triton is installed, "chunked" elsewhere.
 
     Returns:
         [N] log-probs in nats, fp32 (fp64 for fp64 input); with `extras` also a dict of [N] tensors.
         Gradients flow to hidden, weight and bias, and are computed only for those that ask.
 
     Raises:
-        ValueError: shapes that do not fit, a target outside the vocabulary, unknown extras or impl.
+        ValueError: shapes that do not fit, a target outside the vocabulary (on an accelerator the device's
+            own error, or NaN from "fused"), unknown extras or impl, "fused" without CUDA or Triton.
     """
     _check(hidden, weight, targets, bias, softcap, extras)
-    name = "chunked" if impl == "auto" else impl
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(f"unknown impl '{impl}'; known: auto, {', '.join(_IMPLEMENTATIONS)}")
-    logps, statistics = _IMPLEMENTATIONS[name](
+    if impl == "auto":
+        impl = "fused" if hidden.device.type == "cuda" and _has_triton() else "chunked"
+    logps, statistics = _implementation(impl)(
         hidden, weight, targets, bias=bias, softcap=softcap, scale=scale, extras=tuple(extras)
     )
     return (logps, statistics) if extras else logps
+
+
+def _implementation(name: str) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    if name == "naive":
+        return naive_token_logprobs
+    if name == "chunked":
+        return chunked_token_logprobs
+    if name != "fused":
+        raise ValueError(f"unknown impl '{name}'; known: auto, {', '.join(_IMPLEMENTATIONS)}")
+    if not _has_triton():
+        raise ValueError("impl 'fused' needs triton, which is not installed; 'chunked' runs without it")
+    from dpo_kit.logprob.fused import fused_token_logprobs
+
+    return fused_token_logprobs
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _check(
@@ -84,7 +105,7 @@ def _check(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if unknown := set(extras) - set(EXTRAS):
         raise ValueError(f"unknown extras {sorted(unknown)}; known: {', '.join(EXTRAS)}")
-    # On an accelerator the look at the values would wait for the device; its own index check will do.
+    # On an accelerator the look at the values would wait for the device.
     if targets.device.type == "cpu" and len(targets):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= weight.shape[0]:
