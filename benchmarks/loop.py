@@ -62,10 +62,12 @@ class Trees:
         self.device, self.token_budget = device, token_budget
 
     def plan(self, rows: Sequence[Row]) -> list[Any]:
+        from dpo_kit.attention import attention_backend
         from dpo_kit.packing import PairTokens, plan_step
 
         pairs = [PairTokens.from_row(row) for row in rows]
-        return [batch.to(self.device) for batch in plan_step(pairs, self.token_budget)]
+        planned = plan_step(pairs, self.token_budget, backend=attention_backend(self.device))
+        return [batch.to(self.device) for batch in planned]
 
     def score(self, model: nn.Module, part: Any) -> tuple[Tensor, Tensor, Tensor]:
         from dpo_kit.scoring import sequence_logprobs

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_kit.attention import attention_backend
 from dpo_kit.packing import MicroBatch, PairTokens, plan_step
 from dpo_kit.reference import LiveReference
 
@@ -41,7 +42,7 @@ def precomputed_reference(
     live = LiveReference(policy, is_policy=True)
     table: dict[str, Tensor] = {}
     pairs = [PairTokens.from_row(row) for row in rows]
-    for planned in plan_step(pairs, token_budget):
+    for planned in plan_step(pairs, token_budget, backend=attention_backend(device.type)):
         batch = planned.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             found = live.logprobs(batch)

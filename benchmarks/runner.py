@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from dpo_kit.roofline import matmul_rates, shapes_in_use
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 NEWEST = ROOT / ".venv-trl-newest" / "bin" / "python"
+# Kept runs that are older are run again: the machine's speed moves, and a ratio wants both sides of one time.
+KEPT_FOR = timedelta(hours=12)
 # Raised by hand when a change of the benchmark itself makes what was kept worthless.
 FORMAT = 1
 _VERSIONS = (
@@ -77,7 +79,6 @@ def check_side(side: str) -> None:
         )
 
 
-@functools.cache
 def sources_digest() -> str:
     """Of dpo_kit's own source: what a kept run of ours is worth nothing without."""
     digest = hashlib.sha256()
@@ -86,7 +87,6 @@ def sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
 def git_commit() -> str:
     """The commit of dpo_kit, with a plus where the tree has changes; empty outside a repository."""
     found = subprocess.run(
@@ -129,9 +129,11 @@ class Runner:
             folder = Path(scratch)
             write_task(task, folder)
             before = _rates(task)
-            clock = OthersClock()
+            clock, source = OthersClock(), sources_digest()
             printed = _peers(side, [folder], task.threads, profile)
             others = clock.cores()
+            if is_ours(side) and source != sources_digest():
+                raise SideFailed(f"{side}: dpo_kit's source was changed while it ran; run it again")
             result = _result(folder) | {"matmul_rates": [before, _rates(task)], "others_cores": others}
         if profile:
             print(printed)
@@ -162,6 +164,8 @@ class Runner:
     def _kept(self, side: str, task: Task, repeat: int) -> dict[str, Any] | None:
         file = self._file(side, task, repeat)
         if file is None or not file.exists():
+            return None
+        if datetime.now(UTC) - datetime.fromtimestamp(file.stat().st_mtime, UTC) > KEPT_FOR:
             return None
         return json.loads(file.read_text(encoding="utf-8"))["result"]
 

@@ -1,8 +1,8 @@
 """`make bench`: everything that this machine can measure, as a table, details and pictures.
 
-Writes `speed.md`, `speed.json` and pictures to benchmarks/results/. Finished runs are kept beside them, so
-that a suite that was cut off goes on where it was; `--fresh` forgets them. README.md beside this file says
-what is measured and how.
+Writes `speed.md`, `speed.json` and pictures to benchmarks/results/, and the tables into the project's README.
+Finished runs are kept beside them, so that a suite that was cut off goes on where it was; `--fresh` forgets
+them. README.md beside this file says what is measured and how.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lengths import pairs_per_prompt
 from machine import machine
 from presets import DEFAULT, PRESETS, default_weights, model_fields
 from ranked import all_shares, tree_tokens
+from readme import embed
 from report import report
 from runner import HERE, Runner, SideFailed, check_side, write_whole
 from speed import agrees, compare, default_ours
@@ -110,10 +111,16 @@ def speed_plan(given: argparse.Namespace) -> list[tuple[Task, Sequence[str]]]:
 
 def measure_speed(given: argparse.Namespace, runner: Runner, done: Callable[[Any], None]) -> None:
     """Hand over the comparisons one after the other, all so far each time."""
-    found = []
+    found, failed = [], []
     for task, peers in speed_plan(given):
-        found.append(compare(runner, task, default_ours(), peers))
-        done(found)
+        try:
+            found.append(compare(runner, task, default_ours(), peers))
+        except SideFailed as error:
+            failed.append(f"{task.work}, {task.dtype}, {task.order}, {task.reference}: {error}")
+        else:
+            done(found)
+    if failed:
+        raise SideFailed("\n".join(failed))
 
 
 def measure_ranked(given: argparse.Namespace, runner: Runner, done: Callable[[Any], None]) -> None:
@@ -178,12 +185,16 @@ def main(arguments: list[str] | None = None) -> int:
     written = given.out / "speed.json"
     results: dict[str, Any] = {}
     if given.only and written.exists():
-        results = json.loads(written.read_text(encoding="utf-8"))
+        before = json.loads(written.read_text(encoding="utf-8"))
+        same = before["device"] == given.device and before["settings"]["quick"] == str(given.quick)
+        results = before if same else {}
     settings = {name: str(value) for name, value in vars(given).items() if name != "out"}
     results |= {"machine": machine(given.device), "settings": settings, "device": given.device}
 
     failed = []
     for section in given.only or SECTIONS:
+        # What stands there from another time must not look like this time's.
+        results.pop(section, None)
 
         def done(found: Any, section: str = section) -> None:
             results[section] = found
@@ -199,7 +210,11 @@ def main(arguments: list[str] | None = None) -> int:
         except SideFailed as error:
             print(error, file=sys.stderr)
             failed.append(section)
-    print((given.out / "speed.md").read_text(encoding="utf-8"))
+    page = given.out / "speed.md"
+    write_whole(page, report(results))
+    if given.out.resolve() == HERE / "results" and not given.quick and not failed:
+        embed(page)
+    print(page.read_text(encoding="utf-8"))
     equal = all(agrees(each) for each in (*results.get("speed", ()), *results.get("ranked", ())))
     return 0 if equal and not failed and not results.get("curves", {}).get("unequal") else 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,20 @@ class Progress(TrainerCallback):
         if shown:
             line = f"step {state.global_step}{' held-out' if prefix else ''}: {', '.join(shown)}"
             tqdm.write(line, file=sys.stderr)
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls a function when the model is ready to be trained (placed, wrapped, its checkpointing on) and
+    nothing is planned yet."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Call it."""
+        self._function()
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -5,15 +5,21 @@ Only the arithmetic and the two measurements; what is done with the answer is th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
 from torch import nn
 
-from dpo_kit.packing import MicroBatch
+from dpo_kit.models import output_head
+from dpo_kit.packing import MicroBatch, PairTokens
 from dpo_kit.scoring import sequence_logprobs
 
 # More tokens at once gain nothing: the matrix products are large by then.
 MOST_TOKENS = 65536
 LEAST_TOKENS = 1024
+# What is measured with at most.
+PROBE_TOKENS = 2048
 # Of the memory that is free, for activations; the rest is for fragments and one layer's backward pass.
 _SHARE = 0.75
 # What the head keeps and computes with at most.
@@ -23,11 +29,12 @@ _HEAD_BYTES = 2**30
 def kept_bytes(model: nn.Module, batch: MicroBatch) -> int:
     """Bytes that one forward pass keeps for its backward pass, without parameters and the head's logits."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    vocabulary = output_head(model).module.weight.shape[0]
     sizes: dict[int, int] = {}
 
     def pack(saved: torch.Tensor) -> torch.Tensor:
         storage = saved.untyped_storage()
-        if storage.data_ptr() not in parameters:
+        if storage.data_ptr() not in parameters and saved.shape[-1:] != (vocabulary,):
             sizes[storage.data_ptr()] = storage.nbytes()
         return saved
 
@@ -72,3 +79,24 @@ def tokens_that_fit(free: int, reserved: int, per_token: float) -> int:
     """
     tokens = int(_SHARE * (free - reserved - _HEAD_BYTES) / per_token) // 256 * 256
     return min(max(tokens, LEAST_TOKENS), MOST_TOKENS)
+
+
+def measured_budget(
+    model: nn.Module, plan: Callable[[Sequence[PairTokens]], MicroBatch], pairs: Sequence[PairTokens]
+) -> int:
+    """Tokens of a micro-batch that fit a CUDA device beside the model and what training it takes.
+
+    Args:
+        model: on the device, in the mode, under the autocast and with the checkpointing of its training.
+        plan: pairs -> one micro-batch.
+        pairs: of the data; as many of the first ones are looked at as PROBE_TOKENS hold, two at least.
+    """
+    sizes = np.cumsum([len(p.prompt) + sum(map(len, p.replies)) for p in pairs])
+    few = pairs[: max(2, int((sizes <= PROBE_TOKENS).sum()))]
+    device = next(model.parameters()).device
+    try:
+        half, whole = (plan(part).to(device) for part in (few[: len(few) // 2], few))
+        per_token = bytes_per_token(model, half, whole)
+    except torch.OutOfMemoryError:
+        return LEAST_TOKENS
+    return tokens_that_fit(free_bytes(device), training_bytes(model), per_token)

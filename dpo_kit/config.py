@@ -104,6 +104,16 @@ class PreferenceConfig(TrainingArguments):
             raise InputError(
                 f"expected a number of tokens or auto, got {tokens!r}", field="train.tokens_per_micro_batch"
             )
+        if self.dataloader_num_workers < 0:
+            raise InputError(
+                f"expected 0 or more, got {self.dataloader_num_workers}", field="train.dataloader_num_workers"
+            )
+        if self.group_by_prompt and self.train_sampling_strategy != "random":
+            raise InputError(
+                f"it does not go with train_sampling_strategy {self.train_sampling_strategy}",
+                field="train.group_by_prompt",
+                mend="Set one of the two.",
+            )
         known = ("auto", *ATTENTION_BACKENDS)
         if self.attention not in known:
             raise InputError(

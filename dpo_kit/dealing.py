@@ -72,9 +72,13 @@ class TokenRows(Dataset):
 def _reader(column: pa.Array) -> Callable[[int], Any]:
     """Row number -> value; a list as a view of its elements."""
     if not hasattr(column, "offsets"):
-        return lambda row: column[row].as_py()
+        return lambda row: _as_array(column[row].as_py())
     values, bounds = column.values.to_numpy(), column.offsets.to_numpy()
     return lambda row: values[bounds[row] : bounds[row + 1]]
+
+
+def _as_array(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, list) else value
 
 
 class PromptGroups(Sampler[int]):

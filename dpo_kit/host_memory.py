@@ -18,7 +18,8 @@ def keep_freed_memory() -> Iterator[None]:
 
     glibc gives every large block back when it is freed, and the system fills it with zeros before it
     gives it out again: at a step's size that is 10% to 15% of the time on a CPU. Does nothing with other
-    C libraries. It holds for the whole process.
+    C libraries. It holds for the whole process; after it glibc's own settings hold, but for its threshold of
+    large blocks, which no longer moves, and what the environment had set.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

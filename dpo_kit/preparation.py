@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.models import check_length
 from dpo_kit.packing import Layout, PairTokens
-from dpo_kit.scoring import choose_layout
+from dpo_kit.scoring import backend_difference, choose_layout
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 
 # Rows of the training data among which the start-up check looks for its probe.
@@ -54,14 +55,18 @@ def settle_layout(
     dataset: Dataset,
     args: PreferenceConfig,
     to_pair: Callable[[dict[str, Any]], PairTokens],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Layout:
     """The tree where every model may be trusted with it; see `scoring.choose_layout`.
+
+    An attention backend that fails on a model is replaced by `gathered`, in `args.attention`.
 
     Args:
         models: policy and, where it is another model, reference.
         dataset: tokenised; its first rows and its longest are what is looked at.
         args: layout says what is wanted, max_length stands in messages.
         to_pair: row -> pair.
+        autocast: what the models run in.
 
     Raises:
         InputError: sequences that a model has no positions for, or a tree that is asked for by name and
@@ -86,4 +91,14 @@ def settle_layout(
     for reason in reasons:
         message = f"{reason}; separate padded sequences are used, which is slower"
         warnings.warn(message, DpoKitWarning, stacklevel=4)
-    return "padded" if reasons else "tree"
+    if reasons:
+        return "padded"
+    if args.backend != "gathered":
+        with autocast():
+            failures = filter(None, (backend_difference(m, pairs, args.backend) for m in models))
+            wrong = next(failures, None)
+        if wrong:
+            message = f"attention '{args.backend}' is not right here ({wrong}); 'gathered' is used"
+            warnings.warn(message, DpoKitWarning, stacklevel=4)
+            args.attention = "gathered"
+    return "tree"

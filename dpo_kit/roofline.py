@@ -2,9 +2,10 @@
 
     share of the limit = least arithmetic / measured rate of matrix products / measured time
 
-Only what no implementation can leave out is counted: products with weight matrices and the products of
-attention, on distinct tokens. Norms, activations, softmax, embeddings, optimiser and whatever is computed
-a second time (gradient checkpointing) are free. So the share never flatters.
+Products with weight matrices and the products of attention are counted, on distinct tokens. Norms,
+activations, softmax, embeddings, optimiser and whatever is computed a second time (gradient checkpointing)
+are free. A little is counted that could be left out: a reply's last token, whose hidden state nobody reads;
+and attention's backward pass in layers below the first trained one.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ _TRAIN = (
     "optim",
     "lr_scheduler_type",
     "warmup_steps",
+    "group_by_prompt",
 )
 _FIXED = ("model", "reference", "data", "sft", "loss", *(f"train.{name}" for name in _TRAIN))
 _FREE = ("data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
@@ -63,7 +64,9 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
     _check_is_run(folder)
     if not (folder / "recipe.yaml").exists():
         return
-    before = _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    # What a folder of an earlier version does not say.
+    before = {"train.group_by_prompt": False}
+    before |= _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     now = _flat(resolved)
     for key in sorted(before.keys() | now.keys()):
         fixed = any(key == name or key.startswith(f"{name}.") for name in _FIXED)

@@ -23,6 +23,9 @@ from dpo_kit.logprob import token_logprobs
 from dpo_kit.models import Head, output_head, tree_attention, unwrap
 from dpo_kit.packing import Layout, MicroBatch, PairTokens, pack_padded, pack_tree, sequences_of
 
+# Two ways to compute attention in low precision differ by rounding alone up to this share of a log-prob.
+_BACKENDS_DIFFER = 0.01
+
 # A model of low precision up to this size is copied to fp32 for the start-up check.
 _COPY_PARAMETERS = 10**9
 
@@ -170,6 +173,35 @@ def choose_layout(
             mend="Perhaps the family does something to its logits or positions that dpo_kit does not know.",
         )
     return "padded", f"{type(model).__name__} cannot be trusted with token trees: {tree}"
+
+
+@torch.no_grad()
+def backend_difference(model: nn.Module, pairs: Sequence[PairTokens], backend: str) -> str:
+    """What is wrong with a CUDA backend of the tree's attention; empty where it gives what `gathered` gives.
+
+    `choose_layout` looks at fp32, where these backends step aside; this is for the precision of the run.
+
+    Args:
+        model: trusted with the tree, under the autocast that it will be trained in.
+        pairs: what the run trains on.
+        backend: see `dpo_kit.attention`.
+    """
+    probe, device = _probe(pairs), next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        expected, found = (
+            sequence_logprobs(model, pack_tree(probe, name).to(device)).entries
+            for name in ("gathered", backend)
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    finally:
+        model.train(training)
+    differs, size = float((found - expected).abs().mean()), float(expected.abs().mean())
+    if differs <= _BACKENDS_DIFFER * size:
+        return ""
+    return f"token log-probs differ by {differs:.1e} on average, and are {size:.1e} in size"
 
 
 def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:

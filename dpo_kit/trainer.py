@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from dpo_kit.callbacks import MetricsFile, Progress
-from dpo_kit.capacity import bytes_per_token, free_bytes, tokens_that_fit, training_bytes
+from dpo_kit.callbacks import BeforeFirstStep, MetricsFile, Progress
+from dpo_kit.capacity import measured_budget
 from dpo_kit.checkpoints import name_whole, newest_checkpoint, put_aside
+from dpo_kit.checks import STOPPED, check_finite, check_step_zero
 from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.dealing import PromptGroups, TokenRows
@@ -46,11 +47,6 @@ _CAPACITY_PAIRS = 16
 
 # Tokens computed, tokens of separate sequences, pairs and seconds so far: a resumed run counts on.
 _COUNTS_FILE = "counts.json"
-
-_STOPPED = (
-    "The weights are those of the step before and the newest checkpoint is kept. "
-    "A smaller learning rate, more warm-up or fp32 may mend it."
-)
 
 
 def _divisor(weights: Tensor) -> Tensor:
@@ -92,6 +88,8 @@ class PreferenceTrainer(Trainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = PreferenceConfig(output_dir="runs/preference") if args is None else args
+        # Measured by another trainer, for another model.
+        args.auto_tokens = None
         self.objective: Objective = make_objective(args.loss)
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
@@ -122,7 +120,12 @@ class PreferenceTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[MetricsFile(), Progress(), *(callbacks or [])],
+            callbacks=[
+                MetricsFile(),
+                Progress(),
+                BeforeFirstStep(self._settle_token_budget),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         for replaced in (ProgressCallback, PrinterCallback):
@@ -166,25 +169,25 @@ class PreferenceTrainer(Trainer):
         policy, reference = self._policy, self.reference
         # A copy of the policy needs no check of its own.
         others = [] if reference.model is None or reference.is_policy else [reference.model]
-        self.layout = settle_layout([policy, *others], dataset, self.args, self._pair)
+        self.layout = settle_layout(
+            [policy, *others], dataset, self.args, self._pair, self.accelerator.autocast
+        )
 
     def _settle_token_budget(self) -> None:
         """On CUDA, "auto" is what the free memory allows; the same on all ranks."""
-        if self.args.tokens_per_micro_batch != "auto" or self.args.device.type != "cuda":
+        args, data = self.args, self.train_dataset
+        fixed = args.tokens_per_micro_batch != "auto" or args.device.type != "cuda"
+        # A sharded model takes other memory than what one rank can measure alone.
+        if fixed or self.is_fsdp_enabled or self.is_deepspeed_enabled or len(data) < 2:  # type: ignore[arg-type]
             return
-        data: Any = self.train_dataset
-        pairs = [self._pair(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]
-        if len(pairs) < 2:
-            return
-        half, whole = (
-            plan_step(part, sys.maxsize, self.layout, self.args.backend)[0].to(self.args.device)
-            for part in (pairs[: len(pairs) // 2], pairs)
-        )
+        pairs = [self._pair(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]  # type: ignore[union-attr, arg-type]
         with self.accelerator.autocast(), self._attention(self._policy):
-            per_token = bytes_per_token(self._policy.train(), half, whole)
-        free, reserved = free_bytes(self.args.device), training_bytes(self._policy)
-        fit = torch.tensor([tokens_that_fit(free, reserved, per_token)], device=self.args.device)
-        self.args.auto_tokens = int(self.accelerator.gather(fit).min())
+            fit = measured_budget(
+                self._policy.train(),
+                lambda part: plan_step(part, sys.maxsize, self.layout, args.backend)[0],
+                pairs,
+            )
+        args.auto_tokens = int(self.accelerator.gather(torch.tensor([fit], device=args.device)).min())
 
     def _pair(self, row: dict[str, Any]) -> PairTokens:
         return PairTokens.from_row(row, with_rejected=self.objective.needs_rejected)
@@ -201,7 +204,8 @@ class PreferenceTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset
         if self.args.group_by_prompt:
-            return PromptGroups(data, self.args.per_device_train_batch_size, self.args.seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return PromptGroups(data, self.args.per_device_train_batch_size, seed)
         return super()._get_train_sampler(data)
 
     def _log_probs(self, model: nn.Module, batch: MicroBatch) -> LogProbs:
@@ -229,39 +233,13 @@ class PreferenceTrainer(Trainer):
         """[P] loss of each pair; its metrics are taken in where they belong to a split."""
         logps = self._log_probs(model, batch)
         losses = self.objective(logps)
-        first = split == "train" and self.state.global_step == 0 and not self._stepped
-        self._check(batch, logps, losses, first=first)
+        is_first = split == "train" and self.state.global_step == 0 and not self._stepped
+        if is_first and self.reference.is_policy:
+            low_precision = self.args.bf16 or self.args.fp16 or self._low_precision
+            check_step_zero(logps, batch.sources, allowed=1e-3 if low_precision else 1e-5)
         if split is not None:
             self._means[split].add(pair_metrics(logps, losses, self.objective.beta), batch.weights)
         return losses
-
-    def _check(self, batch: MicroBatch, logps: LogProbs, losses: Tensor, first: bool) -> None:
-        """Stop on a loss that is not finite, and on a reference that is not the policy at step 0."""
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
-            bad = [batch.sources[i] or f"pair {i}" for i in (~finite).nonzero().flatten().tolist()]
-            when = f"at step {self.state.global_step + 1}" if logps.chosen.requires_grad else "in evaluation"
-            raise TrainingError(
-                f"the loss is not finite {when}, on {len(bad)} of {batch.num_pairs} pairs: "
-                f"{', '.join(bad[:5])}. {_STOPPED}"
-            )
-        if not (first and self.reference.is_policy and logps.reference_chosen is not None):
-            return
-        allowed = 1e-3 if self.args.bf16 or self.args.fp16 or self._low_precision else 1e-5
-        for policy, reference in (
-            (logps.chosen, logps.reference_chosen),
-            (logps.rejected, logps.reference_rejected),
-        ):
-            if policy is None or reference is None:
-                continue
-            difference = (policy - reference).abs() / reference.abs().clamp(min=1)
-            worst = int(difference.argmax())
-            if difference[worst] > allowed:
-                raise TrainingError(
-                    "at step 0 the policy must be the reference, but on "
-                    f"{batch.sources[worst] or 'a pair'} its log-prob is {policy[worst].item():.6g} and "
-                    f"the reference's {reference[worst].item():.6g}"
-                )
 
     @property
     def _policy(self) -> nn.Module:
@@ -303,20 +281,23 @@ class PreferenceTrainer(Trainer):
             # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
             weight = self.accelerator.reduce(weight, "mean")
         weight = _divisor(weight)
-        step_loss = torch.zeros((), device=self.args.device)
+        step_losses: list[Tensor] = []
         for place, planned in enumerate(batches):
             batch = planned.to(self.args.device)
             is_last = place == len(batches) - 1
             with self._attention(model), self._sync(model, is_last):
                 losses = self._losses(model, batch, "train")
-                loss = (losses * batch.weights).sum() / weight
-                self.accelerator.backward(loss)
-            step_loss += loss.detach()
+                self.accelerator.backward((losses * batch.weights).sum() / weight)
+            step_losses.append(losses.detach())
             self._tokens += batch.num_tokens
             self._separate_tokens += batch.num_separate_tokens
             self._pairs += batch.num_pairs
         self._stepped = True
-        return step_loss
+        losses = torch.cat(step_losses)
+        sources = [source for batch in batches for source in batch.sources]
+        check_finite(sources, losses, f"at step {self.state.global_step + 1}")
+        weights = torch.cat([batch.weights for batch in batches]).to(losses.device)
+        return (losses * weights).sum() / weight
 
     def _attention(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward: gradient checkpointing computes the forward in the backward."""
@@ -331,9 +312,7 @@ class PreferenceTrainer(Trainer):
         # A gradient scaler (fp16) skips such steps by itself.
         checked = norm is not None and self.accelerator.scaler is None
         if checked and not bool(torch.isfinite(torch.as_tensor(norm))):
-            raise TrainingError(
-                f"the gradient is not finite at step {self.state.global_step + 1}. {_STOPPED}"
-            )
+            raise TrainingError(f"the gradient is not finite at step {self.state.global_step + 1}. {STOPPED}")
         return norm
 
     def _take_means(self, split: str) -> dict[str, float]:
@@ -377,7 +356,6 @@ class PreferenceTrainer(Trainer):
             return done
         if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
             put_aside(self.checkpoint_folder)
-        self._settle_token_budget()
         on_cpu = self.args.device.type == "cpu"
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
@@ -430,7 +408,7 @@ class PreferenceTrainer(Trainer):
             for inputs in dataloader:
                 for planned in inputs["micro_batches"]:
                     batch = planned.to(self.args.device)
-                    self._losses(model, batch, "eval")
+                    check_finite(batch.sources, self._losses(model, batch, "eval"), "in evaluation")
                     pairs += batch.num_pairs
         self._logged_at += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._take_means("eval").items()}

@@ -63,14 +63,16 @@ def test_equals_a_dense_mask(options, given):
     )
 
 
+@pytest.mark.parametrize("value_size", [16, 8])  # latent attention has narrower values
 @pytest.mark.parametrize("options", [{}, {"window": 3}])
-def test_bf16_is_as_exact_as_a_dense_mask_in_bf16(options):
+def test_bf16_is_as_exact_as_a_dense_mask_in_bf16(options, value_size):
     generator = np.random.default_rng(1)
     trunk = generator.integers(0, 9, 30)
     tree = build_tree([np.concatenate([trunk, generator.integers(0, 9, n)]) for n in (5, 20, 40)])
     draw = torch.Generator().manual_seed(0)
-    exact = [torch.randn(1, h, len(tree), 16, generator=draw, dtype=torch.float64) for h in (4, 2, 2)]
-    upstream = torch.randn(1, len(tree), 4, 16, generator=draw, dtype=torch.float64).bfloat16()
+    sizes = [(4, 16), (2, 16), (2, value_size)]
+    exact = [torch.randn(1, h, len(tree), d, generator=draw, dtype=torch.float64) for h, d in sizes]
+    upstream = torch.randn(1, len(tree), 4, value_size, generator=draw, dtype=torch.float64).bfloat16()
     low = [x.bfloat16().requires_grad_() for x in exact]
     high = [x.detach().double().requires_grad_() for x in low]
     window = {"sliding_window": options["window"]} if options else {}

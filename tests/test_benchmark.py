@@ -23,6 +23,7 @@ import ours
 import peers
 import presets
 import ranked
+import readme
 import runner
 import speed
 import workload
@@ -271,3 +272,17 @@ def test_bad_input_is_refused(tmp_path, capsys):
     assert "--hidden" in capsys.readouterr().err
     assert speed.main(["--work=tldr", "--replies=4", "--pairs=8", "--model=tiny", "--only=dpo_kit"]) == 2
     assert "--pairs" in capsys.readouterr().err
+
+
+def test_the_readme_gets_the_page_without_title_and_details(tmp_path):
+    page, file = tmp_path / "out" / "speed.md", tmp_path / "README.md"
+    page.parent.mkdir()
+    page.write_text("# Speed\n\n| a |\n\n![Curves](c.png)\n\n## Details\n\nmore\n")
+    file.write_text(f"above\n{readme.BEGIN}\nold\n{readme.END}\nbelow\n")
+    for _ in range(2):
+        readme.embed(page, file)
+        inside = "| a |\n\n![Curves](out/c.png)"
+        assert file.read_text() == f"above\n{readme.BEGIN}\n{inside}\n{readme.END}\nbelow\n"
+    file.write_text("no marks")
+    with pytest.raises(ValueError, match="no lines"):
+        readme.embed(page, file)

@@ -5,6 +5,7 @@ import torch
 from families import make_model, make_pairs
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dpo_kit import capacity
 from dpo_kit.capacity import bytes_per_token, kept_bytes, tokens_that_fit, training_bytes
 from dpo_kit.models import tree_attention
 from dpo_kit.packing import pack_tree
@@ -59,6 +60,18 @@ def test_tokens_that_fit():
     assert tokens_that_fit(21 * GIB, 4 * GIB, 2**20) == 12 * 1024
     assert tokens_that_fit(2 * GIB, 4 * GIB, 2**20) == 1024
     assert tokens_that_fit(140 * GIB, 4 * GIB, 2**10) == 65536
+
+
+def test_the_budget_is_what_fits_beside_gradients_and_moments(monkeypatch):
+    model, pairs = llama(2), make_pairs(12)
+    monkeypatch.setattr(capacity, "free_bytes", lambda _: 4 * GIB)
+    found = capacity.measured_budget(model, pack_tree, pairs)
+    assert found == tokens_that_fit(4 * GIB, training_bytes(model), per_token(model, pairs))
+
+    def full(_):
+        raise torch.OutOfMemoryError
+
+    assert capacity.measured_budget(model, full, pairs) == capacity.LEAST_TOKENS
 
 
 def test_only_what_is_trained_needs_gradients_and_moments():

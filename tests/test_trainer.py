@@ -8,6 +8,8 @@ from datasets import Dataset
 from families import make_model, make_pairs
 from safetensors.torch import load_file
 
+from dpo_kit.attention import ATTENTION_BACKENDS, flex
+from dpo_kit.attention.gathered import GatheredAttention
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 from dpo_kit.trainer import PreferenceTrainer
@@ -281,6 +283,31 @@ def test_a_worker_that_plans_ahead_changes_nothing(tmp_path):
         assert torch.equal(value, weights[1][name]), name
 
 
+class SeesOnlyItself(GatheredAttention):
+    """A backend with a fault that raises nothing."""
+
+    def to(self, device):
+        return self
+
+    def attend(self, *qkv, **options):
+        return super().attend(*qkv, **(options | {"window": 1}))
+
+
+def test_a_backend_that_is_wrong_on_the_model_is_replaced(tmp_path, monkeypatch):
+    plan = GatheredAttention.plan
+    monkeypatch.setitem(ATTENTION_BACKENDS, "wrong", lambda tree: SeesOnlyItself(**vars(plan(tree))))
+    with pytest.warns(DpoKitWarning, match="'wrong' is not right here .* 'gathered' is used"):
+        trainer = make_trainer(tmp_path, attention="wrong")
+    assert trainer.args.backend == "gathered"
+
+
+@pytest.mark.skipif(not flex.available(), reason="this torch has no FlexAttention with a log-sum-exp")
+def test_a_backend_that_is_right_is_kept(tmp_path):
+    assert make_trainer(tmp_path, attention="flex").args.backend == "flex"
+
+
 def test_unknown_attention_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"auto, gathered, varlen, flex"):
         PreferenceConfig(output_dir=str(tmp_path), attention="flash")
+    with pytest.raises(InputError, match=r"train\.dataloader_num_workers"):
+        PreferenceConfig(output_dir=str(tmp_path), dataloader_num_workers=-1)

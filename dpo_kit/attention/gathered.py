@@ -238,7 +238,7 @@ class _ByProducts(torch.autograd.Function):
         weights = torch.softmax(scores, -1, out=scores).to(value_BGKD.dtype)
         ctx.save_for_backward(grouped, key_BGKD, value_BGKD, weights)
         ctx.scale = scale
-        return (weights @ value_BGKD).view(query_BHQD.shape)
+        return (weights @ value_BGKD).view(*query_BHQD.shape[:3], -1)
 
     @staticmethod
     @once_differentiable
@@ -251,7 +251,7 @@ class _ByProducts(torch.autograd.Function):
         mean = torch.linalg.vecdot(at_scores, weights_fp32).unsqueeze(-1)
         at_scores = at_scores.sub_(mean).mul_(weights_fp32).mul_(ctx.scale).to(key.dtype)
         return (
-            (at_scores @ key).view(grad_BHQD.shape),
+            (at_scores @ key).view(*grad_BHQD.shape[:3], -1),
             at_scores.transpose(-1, -2) @ grouped,
             weights.transpose(-1, -2) @ grad,
             None,

@@ -91,7 +91,7 @@ class VarlenAttention(SentAsArrays):
         sinks: Tensor | None,
     ) -> Tensor:
         """See `TreeAttentionPlan.attend`."""
-        if softcap is not None or sinks is not None or not kernel_takes(query):
+        if softcap is not None or sinks is not None or not kernel_takes(query, value):
             return self.gathered.plan.attend(
                 query, key, value, scaling=scaling, window=window, softcap=softcap, sinks=sinks
             )
@@ -154,12 +154,19 @@ def available() -> bool:
     return True
 
 
-def kernel_takes(query: Tensor) -> bool:
-    """Whether the kernel can compute with queries [1, H, T, D] of this kind where they are.
+def kernel_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can compute with queries and values [1, heads, T, D] of this kind where they are.
 
     The meta device counts as one: there the kernel checks shapes and computes nothing.
     """
-    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] % 8 or query.shape[-1] > 256:
+    size = query.shape[-1]
+    # Latent attention (DeepSeek) has values narrower than its queries.
+    if (
+        query.dtype not in (torch.float16, torch.bfloat16)
+        or size % 8
+        or size > 256
+        or size != value.shape[-1]
+    ):
         return False
     return query.device.type == "meta" or (query.is_cuda and _is_ampere_or_newer(query.device.index))
 

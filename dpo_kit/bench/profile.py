@@ -110,7 +110,8 @@ def _label_module(stack: contextlib.ExitStack, module: nn.Module, label: str) ->
         entered.pop().__exit__(None, None, None)
 
     stack.callback(module.register_forward_pre_hook(before).remove)
-    stack.callback(module.register_forward_hook(after).remove)
+    # Called on errors too: by one, gradient checkpointing ends the forward pass that it computes again.
+    stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
 
 def _label_call(stack: contextlib.ExitStack, owner: Any, name: str, label: str) -> None:

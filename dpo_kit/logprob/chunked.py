@@ -38,7 +38,11 @@ def chunked_token_logprobs(
     keep_bytes: int = KEEP_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """See `dpo_kit.logprob.token_logprobs`; at most about `keep_bytes + chunk_bytes` beyond its inputs."""
+    """See `dpo_kit.logprob.token_logprobs`.
+
+    Beyond inputs and gradients it holds about `keep_bytes + chunk_bytes` at most; the weight's gradient is
+    summed in fp32, and autocast adds a copy of the weight in its dtype.
+    """
     device = hidden.device.type
     # As autocast does for a linear layer; the reduction over the vocabulary stays in fp32.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
