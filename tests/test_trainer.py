@@ -283,27 +283,28 @@ def test_a_worker_that_plans_ahead_changes_nothing(tmp_path):
         assert torch.equal(value, weights[1][name]), name
 
 
-class SeesOnlyItself(GatheredAttention):
-    """A backend with a fault that raises nothing."""
+class WrongInBf16(GatheredAttention):
+    """A backend with a fault that raises nothing, and that no check in fp32 would find."""
 
     def to(self, device):
         return self
 
-    def attend(self, *qkv, **options):
-        return super().attend(*qkv, **(options | {"window": 1}))
+    def attend(self, query, key, value, **options):
+        fault = {"window": 1} if query.dtype == torch.bfloat16 else {}
+        return super().attend(query, key, value, **(options | fault))
 
 
 def test_a_backend_that_is_wrong_on_the_model_is_replaced(tmp_path, monkeypatch):
     plan = GatheredAttention.plan
-    monkeypatch.setitem(ATTENTION_BACKENDS, "wrong", lambda tree: SeesOnlyItself(**vars(plan(tree))))
+    monkeypatch.setitem(ATTENTION_BACKENDS, "wrong", lambda tree: WrongInBf16(**vars(plan(tree))))
     with pytest.warns(DpoKitWarning, match="'wrong' is not right here .* 'gathered' is used"):
-        trainer = make_trainer(tmp_path, attention="wrong")
+        trainer = make_trainer(tmp_path, attention="wrong", bf16=True)
     assert trainer.args.backend == "gathered"
 
 
 @pytest.mark.skipif(not flex.available(), reason="this torch has no FlexAttention with a log-sum-exp")
 def test_a_backend_that_is_right_is_kept(tmp_path):
-    assert make_trainer(tmp_path, attention="flex").args.backend == "flex"
+    assert make_trainer(tmp_path, attention="flex", bf16=True).args.backend == "flex"
 
 
 def test_unknown_attention_is_refused(tmp_path):
