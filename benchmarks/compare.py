@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from dpo_kit.roofline import share_of_limit
+
 # Largest relative difference between two sides, at any step. The losses of a short run stay near log 2
 # whatever is trained, so the log-probs (same pairs in the same order, same model) and the norm of the
 # gradient (same backward) must agree as well.
@@ -72,7 +74,7 @@ def side_figures(runs: Sequence[Run], flops: int, rate: float) -> dict[str, floa
         "seconds": seconds,
         "setup_seconds": median(run["setup_seconds"] for run in runs),
         "peak_memory_bytes": median(run["peak_memory_bytes"] for run in runs),
-        "share_of_limit": flops / rate / seconds,
+        "share_of_limit": share_of_limit(flops, rate, seconds),
     }
     if "precompute_seconds" in runs[0]:
         found["precompute_seconds"] = median(run["precompute_seconds"] for run in runs)

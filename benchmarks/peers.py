@@ -168,8 +168,10 @@ def run_loop(task: Task, rows: list[Row], scorer: Scorer) -> dict[str, Any]:
 
 
 def _trees(task: Task) -> Scorer:
+    from dpo_kit.config import AUTO_TOKENS
+
     given = task["tokens_per_micro_batch"]
-    return Trees(task["device"], {"cpu": 4096, "cuda": 16384}[task["device"]] if given == "auto" else given)
+    return Trees(task["device"], AUTO_TOKENS[task["device"]] if given == "auto" else given)
 
 
 Side = Callable[[Path, Task, list[Row]], dict[str, Any]]

@@ -1,6 +1,6 @@
 """How long it takes to plan: rows of an Arrow data set -> micro-batches with their attention plans.
 
-Nothing is trained. The pairs are random tokens, with lengths as in HH harmless-base at these percentiles.
+Nothing is trained. The pairs are random tokens, with lengths as in HH harmless-base (lengths.py).
 """
 
 from __future__ import annotations
@@ -16,33 +16,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from lengths import LENGTHS, Distribution
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpo_kit.dealing import TokenRows
 from dpo_kit.packing import MicroBatch, PairTokens, plan_step
 
-PERCENTILES = (0, 5, 25, 50, 75, 95, 99)
-HH_LENGTHS = {
-    "prompt_ids": (8, 16, 33, 97, 171, 354, 542),
-    "chosen_ids": (2, 7, 16, 29, 55, 123, 204),
-    "rejected_ids": (2, 7, 19, 38, 68, 150, 259),
-}
 ROWS_PER_PART = 1000
 
 
 def generated(pairs: int, seed: int = 0) -> Dataset:
     """A tokenised data set in parts, as it lies on disk."""
-    random = np.random.default_rng(seed)
+    random, known = np.random.default_rng(seed), LENGTHS["hh-like"]
+    drawn = {"prompt_ids": known.prompt, "chosen_ids": known.chosen, "rejected_ids": known.rejected}
 
-    def column(known: Sequence[int], rows: int) -> pa.Array:
-        lengths = np.interp(random.uniform(0, PERCENTILES[-1], rows), PERCENTILES, known).astype(np.int32)
-        offsets = np.append(0, lengths.cumsum()).astype(np.int32)
+    def column(lengths: Distribution, rows: int) -> pa.Array:
+        offsets = np.append(0, lengths.draw(random, rows).cumsum()).astype(np.int32)
         return pa.ListArray.from_arrays(offsets, random.integers(2, 50_000, offsets[-1], np.int32))
 
     parts = []
     for first in range(0, pairs, ROWS_PER_PART):
         rows = min(ROWS_PER_PART, pairs - first)
-        columns: dict[str, Any] = {name: column(known, rows) for name, known in HH_LENGTHS.items()}
+        columns: dict[str, Any] = {name: column(lengths, rows) for name, lengths in drawn.items()}
         parts.append(pa.table(columns | {"source": [f"generated:{first + i + 1}" for i in range(rows)]}))
     return Dataset(pa.concat_tables(parts))
 

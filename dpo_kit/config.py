@@ -13,8 +13,8 @@ from dpo_kit.attention import ATTENTION_BACKENDS, attention_backend
 from dpo_kit.errors import DpoKitWarning, InputError
 
 # Tokens of one forward and backward pass where the recipe leaves it to us. On a processor larger ones gain
-# nothing and take memory; on CUDA the trainer puts what fits in its place.
-_AUTO_TOKENS = {"cpu": 1536, "cuda": 16384}
+# little and take memory; on CUDA the trainer puts what fits in its place.
+AUTO_TOKENS = {"cpu": 1536, "cuda": 16384}
 
 
 def bf16_is_fast() -> bool:
@@ -114,17 +114,10 @@ class PreferenceConfig(TrainingArguments):
                 field="train.group_by_prompt",
                 mend="Set one of the two.",
             )
-        known = ("auto", *ATTENTION_BACKENDS)
-        if self.attention not in known:
-            raise InputError(
-                f"unknown attention '{self.attention}'",
-                field="train.attention",
-                mend=f"Known: {', '.join(known)}.",
-            )
-        if self.layout not in ("auto", "tree", "padded"):
-            raise InputError(
-                f"unknown layout '{self.layout}'", field="train.layout", mend="Known: auto, tree, padded."
-            )
+        for name, known in (("attention", [*ATTENTION_BACKENDS]), ("layout", ["tree", "padded"])):
+            if (value := getattr(self, name)) not in ("auto", *known):
+                mend = f"Known: auto, {', '.join(known)}."
+                raise InputError(f"unknown {name} '{value}'", field=f"train.{name}", mend=mend)
 
     def _settle_batch_size(self) -> None:
         """One dataloader batch is one step of one rank; accumulation happens inside it."""
@@ -152,5 +145,5 @@ class PreferenceConfig(TrainingArguments):
         if self.tokens_per_micro_batch == "auto":
             if self.auto_tokens is not None:
                 return self.auto_tokens
-            return _AUTO_TOKENS.get(self.device.type, _AUTO_TOKENS["cpu"])
+            return AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cpu"])
         return int(self.tokens_per_micro_batch)

@@ -27,10 +27,10 @@ from dpo_kit.errors import InputError
 from dpo_kit.tree import IntArray, SortedSequences, build_tree, sort_sequences
 
 Layout = Literal["tree", "padded"]
+TokenIds = npt.NDArray[np.integer[Any]]
 
 # Of a tree that is one of several alike: pairs are not cut, so that not all have the mean size.
 _EVEN = 1.1
-TokenIds = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,6 @@ def choose_layout(
     return "padded", f"{type(model).__name__} cannot be trusted with token trees: {tree}"
 
 
-@torch.no_grad()
 def backend_difference(model: nn.Module, pairs: Sequence[PairTokens], backend: str) -> str:
     """What is wrong with a CUDA backend of the tree's attention; empty where it gives what `gathered` gives.
 
@@ -187,21 +186,34 @@ def backend_difference(model: nn.Module, pairs: Sequence[PairTokens], backend: s
         backend: see `dpo_kit.attention`.
     """
     probe, device = _probe(pairs), next(model.parameters()).device
-    training = model.training
-    model.eval()
     try:
-        expected, found = (
-            sequence_logprobs(model, pack_tree(probe, name).to(device)).entries
-            for name in ("gathered", backend)
-        )
+        with _evaluating(model):
+            expected, found = (
+                sequence_logprobs(model, pack_tree(probe, name).to(device)).entries
+                for name in ("gathered", backend)
+            )
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    finally:
-        model.train(training)
+        return _in_words(error)
     differs, size = float((found - expected).abs().mean()), float(expected.abs().mean())
     if differs <= _BACKENDS_DIFFER * size:
         return ""
     return f"token log-probs differ by {differs:.1e} on average, and are {size:.1e} in size"
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within: eval mode, no gradients; after: the mode as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:
@@ -213,15 +225,11 @@ def _probe(pairs: Sequence[PairTokens]) -> list[PairTokens]:
 def _difference(model: nn.Module, pairs: list[PairTokens], batch: MicroBatch, low_precision: bool) -> str:
     """What is wrong with how pairs are packed, for a model; empty where its log-probs are as defined."""
     tolerance = 0.2 if low_precision else 1e-4
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with _evaluating(model):
             expected = full_logit_logprobs(model, pairs)
             found = sequence_logprobs(model, batch.to(expected.device)).entries
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    finally:
-        model.train(training)
+        return _in_words(error)
     worst = float((found - expected).abs().max())
     return "" if worst <= tolerance else f"token log-probs differ by {worst:.1e} (allowed {tolerance:.0e})"

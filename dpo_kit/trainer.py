@@ -276,7 +276,8 @@ class PreferenceTrainer(Trainer):
         if not self._stepped:
             self._logged_at = time.perf_counter()
         batches: list[MicroBatch] = inputs["micro_batches"]
-        weight = torch.cat([batch.weights for batch in batches]).sum().to(self.args.device)
+        weights = torch.cat([batch.weights for batch in batches]).to(self.args.device)
+        weight = weights.sum()
         if self.args.world_size > 1:
             # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
             weight = self.accelerator.reduce(weight, "mean")
@@ -296,7 +297,6 @@ class PreferenceTrainer(Trainer):
         losses = torch.cat(step_losses)
         sources = [source for batch in batches for source in batch.sources]
         check_finite(sources, losses, f"at step {self.state.global_step + 1}")
-        weights = torch.cat([batch.weights for batch in batches]).to(losses.device)
         return (losses * weights).sum() / weight
 
     def _attention(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:

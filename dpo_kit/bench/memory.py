@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_kit.capacity import free_bytes
+from dpo_kit.host_memory import release_freed_memory
 from dpo_kit.packing import PairTokens, cut_step, plan_step
 from dpo_kit.run_folder import peak_memory_bytes
 from dpo_kit.trainer import PreferenceTrainer
@@ -43,10 +44,8 @@ class MemoryMeter:
         gc.collect()
         if self._cuda:
             torch.cuda.empty_cache()
-        elif sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
+        else:
+            release_freed_memory()
 
     def now(self) -> int:
         """Bytes held now."""
@@ -73,9 +72,7 @@ class MemoryMeter:
     def available(self) -> int | None:
         """Bytes that could still be taken; None where the system does not say."""
         if self._cuda:
-            free, _ = torch.cuda.mem_get_info(self._device)
-            reserved = torch.cuda.memory_reserved(self._device)
-            return int(free + reserved - torch.cuda.memory_allocated(self._device))
+            return free_bytes(self._device)
         known = [x for x in (_field(Path("/proc/meminfo"), "MemAvailable"), _group_room()) if x is not None]
         return min(known, default=None)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpo_kit.logprob.slices import slices
+
 # What is kept between forward and backward, and the share of that for one chunk: large enough
 # for an efficient matrix product, small against the model.
 KEEP_BYTES = 768 * 2**20
@@ -80,7 +82,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         entropy = torch.empty_like(logps) if with_entropy else None
         budget = keep_bytes
         kept: list[Tensor | None] = []
-        for chunk in _slices(len(hidden), rows):
+        for chunk in slices(len(hidden), rows):
             logits = _logits(hidden[chunk], weight, bias, softcap, scale)
             budget -= logits.numel() * logits.element_size()
             keep = budget >= 0
@@ -107,7 +109,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         # The gradient at the logits is softmax minus one-hot times a factor per row. The factor goes to the
         # small side of each product, so that nothing passes over C x V numbers but the products.
         factor = -(grad_logps * ctx.scale).to(lse.dtype)[:, None]
-        for i, chunk in enumerate(_slices(len(hidden), ctx.rows)):
+        for i, chunk in enumerate(slices(len(hidden), ctx.rows)):
             # A second pass over the same graph finds nothing kept and computes it again.
             difference, ctx.kept[i] = ctx.kept[i], None
             if difference is None:
@@ -134,16 +136,12 @@ def _chunk_rows(length: int, row_bytes: int, chunk_bytes: int) -> int:
     return max(1, math.ceil(length / chunks))
 
 
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
-
-
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
 
 
 def _blocks(x_CV: Tensor) -> list[slice]:
-    return _slices(len(x_CV), max(1, BLOCK_BYTES // (x_CV.shape[1] * 4)))
+    return slices(len(x_CV), max(1, BLOCK_BYTES // (x_CV.shape[1] * 4)))
 
 
 def _logits(
@@ -215,7 +213,7 @@ def _add_product(total_VH: Tensor, difference_CV: Tensor, scaled_CH: Tensor, fir
     if total_VH.dtype == difference_CV.dtype:
         total_VH.addmm_(difference_CV.T, scaled_CH, beta=0 if first else 1)
         return
-    for rows in _slices(len(total_VH), _WEIGHT_ROWS):
+    for rows in slices(len(total_VH), _WEIGHT_ROWS):
         product = difference_CV[:, rows].T @ scaled_CH
         if first:
             total_VH[rows] = product

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpo_kit.logprob import kernels
+from dpo_kit.logprob.slices import slices
 
 # D is kept between forward and backward up to this size.
 KEEP_BYTES = 512 * 2**20
@@ -135,7 +136,7 @@ def _forward(
     unit_gradient = torch.empty_like(hidden) if wants_hidden else None
     reduced = torch.promote_types(hidden.dtype, torch.float32)
     results = torch.empty(2 + len(settings.extras), n, dtype=reduced, device=hidden.device)
-    for rows in _slices(n, step):
+    for rows in slices(n, step):
         chunk = products[rows] if keep else products[: rows.stop - rows.start]
         torch.mm(hidden[rows], weight.T, out=chunk)
         result = kernels.statistics(chunk, bias, targets[rows], settings.extras, **settings.head)
@@ -201,7 +202,7 @@ def _gradient_by_columns(
     hidden, weight, bias, targets, logps, lse = inputs
     step = min(len(weight), settings.lines(len(hidden), hidden.element_size()))
     products = kernels.product_buffer(len(hidden), step, hidden) if kept is None else kept
-    for columns in _slices(len(weight), step):
+    for columns in slices(len(weight), step):
         if kept is not None:
             yield columns, kept[:, columns]
             continue
@@ -210,10 +211,6 @@ def _gradient_by_columns(
         part, first = None if bias is None else bias[columns], columns.start
         kernels.to_gradient_(chunk, part, targets, logps, lse, first=first, **settings.head)
         yield columns, chunk
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
