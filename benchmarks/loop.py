@@ -63,7 +63,8 @@ class Trees:
 
     def plan(self, rows: Sequence[Row]) -> list[Any]:
         from dpo_kit.attention import attention_backend
-        from dpo_kit.packing import PairTokens, plan_step
+        from dpo_kit.examples import PairTokens
+        from dpo_kit.packing import plan_step
 
         pairs = [PairTokens.from_row(row) for row in rows]
         planned = plan_step(pairs, self.token_budget, backend=attention_backend(self.device))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.attention import attention_backend
-from dpo_kit.packing import MicroBatch, PairTokens, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import MicroBatch, plan_step
 from dpo_kit.reference import LiveReference
 
 

@@ -20,7 +20,8 @@ from lengths import LENGTHS, Distribution
 from torch.utils.data import DataLoader, RandomSampler
 
 from dpo_kit.dealing import TokenRows
-from dpo_kit.packing import MicroBatch, PairTokens, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import MicroBatch, plan_step
 
 ROWS_PER_PART = 1000
 

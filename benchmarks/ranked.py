@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from workload import BPE_TOKENS, DATA, HH
 
-from dpo_kit.packing import PairTokens, sequences_of
+from dpo_kit.examples import PairTokens, sequences_of
 from dpo_kit.tree import build_tree
 
 OASST = DATA / "oasst" / "en_100_tree.jsonl"

@@ -31,7 +31,7 @@ from tables import RANKED_SIDES
 from workload import Task, settled_work, task_rows
 
 from dpo_kit.errors import InputError
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.roofline import count_work
 
 SECTIONS = ("shares", "ranked", "curves", "speed")

@@ -18,7 +18,7 @@ from typing import Any
 from lengths import LENGTHS, generated_pairs, lengths_of
 
 from dpo_kit.errors import InputError
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.roofline import Work, count_work
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpo_kit.examples import PairTokens
 from dpo_kit.models import output_head
-from dpo_kit.packing import MicroBatch, PairTokens
+from dpo_kit.packing import MicroBatch
 from dpo_kit.scoring import sequence_logprobs
 
 # More tokens at once gain nothing: the matrix products are large by then.

@@ -48,17 +48,13 @@ def check_step_zero(logps: LogProbs, sources: Sequence[str], allowed: float) -> 
     Raises:
         TrainingError: with both numbers.
     """
-    for policy, reference in (
-        (logps.chosen, logps.reference_chosen),
-        (logps.rejected, logps.reference_rejected),
-    ):
-        if policy is None or reference is None:
-            continue
-        difference = (policy - reference).abs() / reference.abs().clamp(min=1)
-        worst = int(difference.argmax())
-        if difference[worst] > allowed:
-            raise TrainingError(
-                "at step 0 the policy must be the reference, but on "
-                f"{sources[worst] or 'a pair'} its log-prob is {policy[worst].item():.6g} and "
-                f"the reference's {reference[worst].item():.6g}"
-            )
+    policy, reference = logps.need("policy"), logps.need("reference")
+    difference = (policy - reference).abs() / reference.abs().clamp(min=1)
+    worst = int(difference.argmax())
+    if difference[worst] > allowed:
+        place = sources[int(logps.example[worst])] or "a pair"
+        raise TrainingError(
+            f"at step 0 the policy must be the reference, but on {place} its log-prob is "
+            f"{policy[worst].item():.6g} and "
+            f"the reference's {reference[worst].item():.6g}"
+        )

@@ -30,9 +30,9 @@ def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tens
         name -> [P] detached fp32 values. Without rejected replies: loss and logps/chosen alone.
     """
     metrics = {"loss": losses, "logps/chosen": logps.chosen}
-    if logps.rejected is not None:
+    if logps.shape == "pairs":
         chosen, rejected = logps.chosen, logps.rejected
-        if logps.reference_chosen is not None:
+        if logps.reference is not None:
             chosen, rejected = logps.chosen_logratios, logps.rejected_logratios
         margins = beta * (chosen - rejected)
         metrics |= {

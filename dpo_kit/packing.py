@@ -23,57 +23,27 @@ from torch import Tensor
 
 from dpo_kit.attention import TreeAttentionPlan, plan_tree_attention
 from dpo_kit.attention.transport import SentAsArrays
-from dpo_kit.errors import InputError
+from dpo_kit.examples import (
+    Example,
+    Shape,
+    number_sequences,
+    sequence_keys,
+    sequences_of,
+)
 from dpo_kit.tree import IntArray, SortedSequences, build_tree, sort_sequences
 
 Layout = Literal["tree", "padded"]
-TokenIds = npt.NDArray[np.integer[Any]]
 
 # Of a tree that is one of several alike: pairs are not cut, so that not all have the mean size.
 _EVEN = 1.1
-
-
-@dataclass(frozen=True)
-class PairTokens:
-    """One preference pair as token ids (any integer dtype); `rejected` is None where no loss needs it."""
-
-    prompt: TokenIds
-    chosen: TokenIds
-    rejected: TokenIds | None
-    weight: float = 1.0
-    margin: float = 0.0
-    source: str = ""
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any], *, with_rejected: bool = True) -> PairTokens:
-        """From a row of the tokenised data set: prompt_ids, chosen_ids, rejected_ids, weight, ..."""
-        weight, source = _number(row.get("weight"), 1.0), str(row.get("source") or "")
-        if not 0 <= weight < math.inf:
-            raise InputError(f"a weight must be 0 or more, got {weight}", file=source or None, field="weight")
-        return cls(
-            prompt=np.asarray(row["prompt_ids"]),
-            chosen=np.asarray(row["chosen_ids"]),
-            rejected=np.asarray(row["rejected_ids"]) if with_rejected else None,
-            weight=weight,
-            margin=_number(row.get("margin"), 0.0),
-            source=source,
-        )
-
-    @property
-    def replies(self) -> list[TokenIds]:
-        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
-
-
-def _number(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
 
 
 @dataclass
 class MicroBatch(SentAsArrays):
     """What one forward pass computes, and how its predictions make up the sequences.
 
-    Sequences are numbered: the chosen reply of pair p is sequence p; its rejected reply, where there
-    is one, sequence P + p. A prediction may belong to several sequences, one entry for each.
+    Sequences are numbered by their place in the example first: of P pairs, the chosen reply of pair p is
+    sequence p and its rejected reply P + p. A prediction may belong to several sequences, one entry for each.
 
     Attributes:
         input_ids: [rows, length] (a tree is one row).
@@ -84,7 +54,12 @@ class MicroBatch(SentAsArrays):
         entry_prediction: [M] the prediction of each entry, ordered by sequence and place in it.
         entry_sequence: [M] the sequence that owns it.
         lengths: [S] number of entries of each sequence: the completion's tokens.
-        weights: [P] weight of each pair.
+        last_rows: [S] place of each sequence's last token, as in `prediction_rows`.
+        sequence_example: [S] the example that each sequence belongs to.
+        scores: [S] how good the data says it is; see `dpo_kit.losses.LogProbs`.
+        keys: [S, 16] what each sequence is known by in the reference cache, uint8; None where not asked for.
+        shape: what the examples are.
+        weights: [P] weight of each example (pair).
         margins: [P] the data's score difference of each pair, 0 where it has none.
         sources: P places in the data, for messages.
         num_tokens: tokens computed, without padding.
@@ -99,6 +74,11 @@ class MicroBatch(SentAsArrays):
     entry_prediction: Tensor
     entry_sequence: Tensor
     lengths: Tensor
+    last_rows: Tensor
+    sequence_example: Tensor
+    scores: Tensor
+    keys: Tensor | None
+    shape: Shape
     weights: Tensor
     margins: Tensor
     sources: list[str]
@@ -123,33 +103,26 @@ class MicroBatch(SentAsArrays):
         return replace(self, **moved)
 
 
-def sequences_of(pairs: Sequence[PairTokens]) -> tuple[list[IntArray], list[int]]:
-    """The token sequences of pairs, chosen first and then rejected, and where each completion begins."""
-    chosen = [(p.prompt, p.chosen) for p in pairs]
-    rejected = [(p.prompt, p.rejected) for p in pairs if p.rejected is not None]
-    if rejected and len(rejected) != len(pairs):
-        raise ValueError("either all pairs of a micro-batch have a rejected reply or none has")
-    parts = chosen + rejected
-    for prompt, reply in parts:
-        if not len(prompt) or not len(reply):
-            raise ValueError("a prompt and a reply need at least one token each")
-    return [np.concatenate(part, dtype=np.int64) for part in parts], [len(prompt) for prompt, _ in parts]
-
-
-def pack_tree(pairs: Sequence[PairTokens], backend: str = "gathered") -> MicroBatch:
-    """Put the sequences of pairs into one token tree; `backend` computes its attention."""
+def pack_tree(pairs: Sequence[Example], backend: str = "gathered", *, with_keys: bool = False) -> MicroBatch:
+    """Put the sequences of examples into one token tree; `backend` computes its attention."""
     sequences, starts = sequences_of(pairs)
-    return _pack_sorted(pairs, sort_sequences(sequences), starts, backend)
+    keys = sequence_keys(sequences, starts) if with_keys else None
+    return _pack_sorted(pairs, sort_sequences(sequences), starts, keys, backend)
 
 
 def _pack_sorted(
-    pairs: Sequence[PairTokens], given: SortedSequences, starts: list[int], backend: str
+    pairs: Sequence[Example],
+    given: SortedSequences,
+    starts: list[int],
+    keys: npt.NDArray[np.uint8] | None,
+    backend: str,
 ) -> MicroBatch:
     tree = build_tree(given)
     owned = [rows[start:] for rows, start in zip(tree.sequence_rows, starts, strict=True)]
     return _micro_batch(
         pairs,
         owned,
+        keys,
         tokens=tree.tokens,
         parents=tree.parents,
         input_ids=torch.from_numpy(tree.tokens)[None],
@@ -160,8 +133,8 @@ def _pack_sorted(
     )
 
 
-def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatch:
-    """Lay the sequences of pairs one under the other, padded on the right.
+def pack_padded(pairs: Sequence[Example], pad_token_id: int = 0, *, with_keys: bool = False) -> MicroBatch:
+    """Lay the sequences of examples one under the other, padded on the right.
 
     There is no mask: a causal model's earlier tokens do not see the padding behind them.
     """
@@ -175,6 +148,7 @@ def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatc
     return _micro_batch(
         pairs,
         owned,
+        sequence_keys(sequences, starts) if with_keys else None,
         tokens=input_ids.reshape(-1),
         parents=np.arange(input_ids.size) - 1,
         input_ids=torch.from_numpy(input_ids),
@@ -186,8 +160,9 @@ def pack_padded(pairs: Sequence[PairTokens], pad_token_id: int = 0) -> MicroBatc
 
 
 def _micro_batch(
-    pairs: Sequence[PairTokens],
+    pairs: Sequence[Example],
     owned: list[IntArray],
+    keys: npt.NDArray[np.uint8] | None,
     *,
     tokens: IntArray,
     parents: IntArray,
@@ -200,12 +175,18 @@ def _micro_batch(
     predicted = np.flatnonzero(is_predicted)
     entry_prediction = (is_predicted.cumsum() - 1)[entries]
     lengths = np.array([len(rows) for rows in owned])
+    slots = number_sequences(pairs)
     return MicroBatch(
         prediction_rows=torch.from_numpy(parents[predicted]),
         prediction_targets=torch.from_numpy(tokens[predicted]),
         entry_prediction=torch.from_numpy(entry_prediction),
         entry_sequence=torch.from_numpy(np.arange(len(owned)).repeat(lengths)),
         lengths=torch.from_numpy(lengths),
+        last_rows=torch.tensor([rows[-1] for rows in owned]),
+        sequence_example=torch.tensor([i for _, i in slots]),
+        scores=torch.tensor([pairs[i].scores[slot] for slot, i in slots], dtype=torch.float32),
+        keys=None if keys is None else torch.from_numpy(keys.copy()),
+        shape=pairs[0].shape,
         weights=torch.tensor([p.weight for p in pairs], dtype=torch.float32),
         margins=torch.tensor([p.margin for p in pairs], dtype=torch.float32),
         sources=[p.source for p in pairs],
@@ -213,32 +194,40 @@ def _micro_batch(
     )
 
 
-def cut_step(pairs: Sequence[PairTokens], token_budget: int, layout: Layout = "tree") -> list[list[int]]:
+def cut_step(pairs: Sequence[Example], token_budget: int, layout: Layout = "tree") -> list[list[int]]:
     """Cut a step into micro-batches of at most `token_budget` tokens, as indices into `pairs`.
 
     Pairs that begin alike are put side by side, so that they meet in one tree. A pair that is larger
     than the budget has a micro-batch of its own. The budget counts the tree's tokens, or the padded area.
     """
     if layout == "tree":
-        return _cut_sorted(sort_sequences(sequences_of(pairs)[0]), len(pairs), token_budget)
+        return _cut_sorted(sort_sequences(sequences_of(pairs)[0]), _numbers(pairs), token_budget)
     return _cut_padded(pairs, token_budget)
 
 
-def _cut_sorted(given: SortedSequences, num_pairs: int, token_budget: int) -> list[list[int]]:
-    """Pairs in the order of their chosen sequences, as few trees as fit, and these about alike in size."""
+def _numbers(pairs: Sequence[Example]) -> list[list[int]]:
+    """The numbers of each example's sequences."""
+    found: list[list[int]] = [[] for _ in pairs]
+    for number, (_, i) in enumerate(number_sequences(pairs)):
+        found[i].append(number)
+    return found
+
+
+def _cut_sorted(given: SortedSequences, numbers: list[list[int]], token_budget: int) -> list[list[int]]:
+    """Examples in the order of their first sequences, as few trees as fit, and these about alike in size."""
     _check_budget(token_budget)
     if given.num_prefixes <= token_budget:
-        return [list(range(num_pairs))]
-    cuts = _fill_trees(given, num_pairs, token_budget)
+        return [list(range(len(numbers)))]
+    cuts = _fill_trees(given, numbers, token_budget)
     # The largest micro-batch decides the memory, and small ones multiply slowly.
     even = math.ceil(_EVEN * given.num_prefixes / len(cuts))
-    if even < token_budget and len(evenly := _fill_trees(given, num_pairs, even)) == len(cuts):
+    if even < token_budget and len(evenly := _fill_trees(given, numbers, even)) == len(cuts):
         return evenly
     return cuts
 
 
-def _fill_trees(given: SortedSequences, num_pairs: int, token_budget: int) -> list[list[int]]:
-    """As many pairs to a tree as fit."""
+def _fill_trees(given: SortedSequences, numbers: list[list[int]], token_budget: int) -> list[list[int]]:
+    """As many examples to a tree as fit."""
     lengths, shared, places = given.lengths.tolist(), given.shared.tolist(), given.places.tolist()
 
     def add(place: int) -> int:
@@ -253,8 +242,8 @@ def _fill_trees(given: SortedSequences, num_pairs: int, token_budget: int) -> li
     tree: list[int] = []
     cuts: list[list[int]] = []
     used = 0
-    for pair in sorted(range(num_pairs), key=places.__getitem__):
-        sequences = places[pair::num_pairs]
+    for pair in sorted(range(len(numbers)), key=places.__getitem__):
+        sequences = [places[number] for number in numbers[pair]]
         used += sum(map(add, sequences))
         if cuts and used <= token_budget:
             cuts[-1].append(pair)
@@ -265,7 +254,7 @@ def _fill_trees(given: SortedSequences, num_pairs: int, token_budget: int) -> li
     return cuts
 
 
-def _cut_padded(pairs: Sequence[PairTokens], token_budget: int) -> list[list[int]]:
+def _cut_padded(pairs: Sequence[Example], token_budget: int) -> list[list[int]]:
     """Pairs by length, as many to a rectangle as fit."""
     _check_budget(token_budget)
     widths = [len(p.prompt) + max(map(len, p.replies)) for p in pairs]
@@ -286,32 +275,38 @@ def _check_budget(token_budget: int) -> None:
 
 
 def plan_step(
-    pairs: Sequence[PairTokens],
+    pairs: Sequence[Example],
     token_budget: int,
     layout: Layout = "tree",
     backend: str = "gathered",
     pad_token_id: int = 0,
+    *,
+    with_keys: bool = False,
 ) -> list[MicroBatch]:
-    """A step's pairs as micro-batches; every pair is in exactly one.
+    """A step's examples as micro-batches; every example is in exactly one.
 
     Args:
-        pairs: of one step.
+        pairs: pairs, unpaired replies or lists, all alike.
         token_budget: tokens of a micro-batch; see `cut_step`.
         layout: "tree" or "padded".
         backend: of a tree's attention; see `dpo_kit.attention`.
         pad_token_id: fills padded rows.
+        with_keys: whether the micro-batches have their `keys`.
     """
     if layout == "padded":
         cuts = _cut_padded(pairs, token_budget)
-        return [pack_padded([pairs[i] for i in cut], pad_token_id) for cut in cuts]
+        return [pack_padded([pairs[i] for i in cut], pad_token_id, with_keys=with_keys) for cut in cuts]
     sequences, starts = sequences_of(pairs)
-    given = sort_sequences(sequences)
-    cuts = _cut_sorted(given, len(pairs), token_budget)
+    keys = sequence_keys(sequences, starts) if with_keys else None
+    given, numbers = sort_sequences(sequences), _numbers(pairs)
+    cuts = _cut_sorted(given, numbers, token_budget)
     if len(cuts) == 1:
-        return [_pack_sorted(pairs, given, starts, backend)]
+        return [_pack_sorted(pairs, given, starts, keys, backend)]
     batches = []
     for cut in cuts:
-        numbers = cut if len(sequences) == len(pairs) else cut + [len(pairs) + i for i in cut]
-        part = given.select(numbers)
-        batches.append(_pack_sorted([pairs[i] for i in cut], part, [starts[i] for i in numbers], backend))
+        part = [pairs[i] for i in cut]
+        chosen = [numbers[cut[i]][slot] for slot, i in number_sequences(part)]
+        part_keys = None if keys is None else keys[chosen]
+        part_starts = [starts[number] for number in chosen]
+        batches.append(_pack_sorted(part, given.select(chosen), part_starts, part_keys, backend))
     return batches

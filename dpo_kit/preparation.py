@@ -13,8 +13,9 @@ from torch import nn
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.examples import PairTokens
 from dpo_kit.models import check_length
-from dpo_kit.packing import Layout, PairTokens
+from dpo_kit.packing import Layout
 from dpo_kit.scoring import backend_difference, choose_layout
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 

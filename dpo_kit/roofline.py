@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from dpo_kit.examples import PairTokens, sequences_of
 from dpo_kit.models import load_model, output_head, unwrap
-from dpo_kit.packing import PairTokens, sequences_of
 from dpo_kit.tree import build_tree
 
 Shape = tuple[int, int, int]

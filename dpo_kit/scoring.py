@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kit.errors import InputError
+from dpo_kit.examples import PairTokens, sequences_of
 from dpo_kit.logprob import token_logprobs
 from dpo_kit.models import Head, output_head, tree_attention, unwrap
-from dpo_kit.packing import Layout, MicroBatch, PairTokens, pack_padded, pack_tree, sequences_of
+from dpo_kit.packing import Layout, MicroBatch, pack_padded, pack_tree
 
 # Two ways to compute attention in low precision differ by rounding alone up to this share of a log-prob.
 _BACKENDS_DIFFER = 0.01

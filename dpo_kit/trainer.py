@@ -33,11 +33,12 @@ from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.dealing import PromptGroups, TokenRows
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
+from dpo_kit.examples import PairTokens
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.losses import LogProbs, Objective, make_objective
 from dpo_kit.metrics import WeightedMeans, pair_metrics
 from dpo_kit.models import disable_dropout, load_model, output_head, tree_attention
-from dpo_kit.packing import Layout, MicroBatch, PairTokens, plan_step
+from dpo_kit.packing import Layout, MicroBatch, plan_step
 from dpo_kit.preparation import own_forward, settle_layout, tokenized
 from dpo_kit.reference import Reference, make_reference
 from dpo_kit.scoring import sequence_logprobs
@@ -215,15 +216,14 @@ class PreferenceTrainer(Trainer):
         with self.accelerator.autocast():
             reference = self.reference.logprobs(batch)
             policy = sequence_logprobs(model, batch)
-        pairs = batch.num_pairs
-        paired = batch.num_sequences > pairs
         return LogProbs(
-            chosen=policy.sequences[:pairs],
-            rejected=policy.sequences[pairs:] if paired else None,
-            reference_chosen=None if reference is None else reference[:pairs],
-            reference_rejected=reference[pairs:] if reference is not None and paired else None,
-            chosen_lengths=batch.lengths[:pairs],
-            rejected_lengths=batch.lengths[pairs:] if paired else None,
+            policy=policy.sequences,
+            example=batch.sequence_example,
+            num_examples=batch.num_pairs,
+            shape=batch.shape,
+            reference=reference,
+            lengths=batch.lengths,
+            scores=batch.scores,
             margins=batch.margins,
             token_logps=policy.entries,
             token_sequence=batch.entry_sequence,

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 
 VOCABULARY = 97
 

@@ -12,8 +12,8 @@ from dpo_kit.bench.memory import MemoryMeter, what_fits
 from dpo_kit.bench.profile import _group, _labelled
 from dpo_kit.bench.steps import StepWatch
 from dpo_kit.config import PreferenceConfig
+from dpo_kit.examples import PairTokens
 from dpo_kit.models import load_model
-from dpo_kit.packing import PairTokens
 from dpo_kit.pairs import load_pairs
 from dpo_kit.recipe import Recipe
 from dpo_kit.roofline import count_work

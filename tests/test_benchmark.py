@@ -28,7 +28,8 @@ import runner
 import speed
 import workload
 
-from dpo_kit.packing import PairTokens, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import plan_step
 from dpo_kit.scoring import sequence_logprobs
 
 TINY = ["--model=tiny", "--work=hh-like", "--pairs=4", "--batch-size=2", "--threads=1"]

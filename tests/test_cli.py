@@ -13,7 +13,7 @@ from families import make_model
 from safetensors.torch import load_file, save_file
 
 from dpo_kit.cli import main
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.pairs import load_pairs
 from dpo_kit.scoring import full_logit_logprobs
 from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe

@@ -10,8 +10,9 @@ import torch
 
 from dpo_kit.compilation import compile_blocks
 from dpo_kit.errors import InputError
+from dpo_kit.examples import PairTokens
 from dpo_kit.models import load_model, tree_attention
-from dpo_kit.packing import PairTokens, pack_padded, pack_tree
+from dpo_kit.packing import pack_padded, pack_tree
 from dpo_kit.scoring import sequence_logprobs
 
 LLAMA = {

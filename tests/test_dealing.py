@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from dpo_kit.dealing import PromptGroups, TokenRows, deal, prompt_groups
-from dpo_kit.packing import PairTokens, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import plan_step
 
 group_numbers = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.array)
 

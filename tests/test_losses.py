@@ -1,5 +1,6 @@
 """Losses: hand-worked values in fp64, gradients, limits, invariances, and the registry."""
 
+import dataclasses
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def example(**changes):
         "token_logps": f64(-1, -2, -3, -0.5, -1, -1),
         "token_sequence": torch.tensor([0, 0, 1, 2, 3, 3]),
     }
-    return LogProbs(**(fields | changes))
+    return LogProbs.of_pairs(**(fields | changes))
 
 
 def random_example(pairs=5, dtype=torch.float64, scale=5.0):
@@ -47,9 +48,9 @@ def random_example(pairs=5, dtype=torch.float64, scale=5.0):
     tokens.requires_grad_()
     sums = torch.zeros(2 * pairs, dtype=dtype).index_add(0, sequence, tokens)
     reference = -scale * 3 * torch.rand(2, pairs, generator=generator, dtype=torch.float64).to(dtype)
-    return tokens, LogProbs(
+    return tokens, LogProbs.of_pairs(
         sums[:pairs], sums[pairs:], reference[0], reference[1], lengths[:pairs], lengths[pairs:],
-        torch.zeros(pairs), tokens, sequence,
+        margins=torch.zeros(pairs), token_logps=tokens, token_sequence=sequence,
     )  # fmt: skip
 
 
@@ -122,8 +123,7 @@ def test_gradients_by_finite_differences(name):
     def value(tokens):
         _, logps = random_example()
         sums = torch.zeros(10, dtype=torch.float64).index_add(0, logps.token_sequence, tokens)
-        fields = vars(logps) | {"chosen": sums[:5], "rejected": sums[5:], "token_logps": tokens}
-        return get_loss(name).function(LogProbs(**fields))
+        return get_loss(name).function(dataclasses.replace(logps, policy=sums, token_logps=tokens))
 
     assert torch.autograd.gradcheck(value, (tokens,))
 
@@ -184,5 +184,5 @@ def test_a_wrong_loss_is_named(loss, message):
 
 
 def test_a_loss_without_its_input_says_which():
-    with pytest.raises(ValueError, match="reference_chosen"):
-        dpo(LogProbs(f64(-1), f64(-2)))
+    with pytest.raises(ValueError, match="reference"):
+        dpo(LogProbs.of_pairs(f64(-1), f64(-2)))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_kit.packing import PairTokens, cut_step, pack_padded, pack_tree, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import cut_step, pack_padded, pack_tree, plan_step
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 pairs_strategy = st.lists(st.tuples(tokens, tokens, tokens), min_size=1, max_size=8)
@@ -106,7 +107,7 @@ def test_wrong_pairs_are_refused():
     one = np.array([1])
     with pytest.raises(ValueError, match="at least one token"):
         pack_tree([PairTokens(np.array([], int), one, one)])
-    with pytest.raises(ValueError, match="all pairs of a micro-batch"):
+    with pytest.raises(ValueError, match="all alike"):
         pack_tree([PairTokens(one, one, one), PairTokens(one, one, None)])
     with pytest.raises(ValueError, match="token_budget"):
         cut_step([PairTokens(one, one, one)], 0)

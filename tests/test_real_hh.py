@@ -10,7 +10,7 @@ from families import TREE_FAMILIES, make_model
 
 from dpo_kit.cli import main
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.pairs import load_pairs
 from dpo_kit.scoring import full_logit_logprobs
 from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe

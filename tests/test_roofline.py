@@ -9,7 +9,7 @@ from families import TREE_FAMILIES, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_kit import roofline
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.roofline import count_work, largest_sizes, matmul_rates, shapes_in_use, share_of_limit
 
 # Tree: 1 2 3 4, then 5, then 6 7; they see 1 + 2 + 3 + 4, 5, and 5 + 6 tokens.

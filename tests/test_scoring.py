@@ -6,7 +6,8 @@ import torch
 from families import OTHER_FAMILIES, TREE_FAMILIES, make_model, make_pairs
 
 from dpo_kit.attention import TREE_ATTENTION
-from dpo_kit.packing import PairTokens, pack_padded, pack_tree
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import pack_padded, pack_tree
 from dpo_kit.scoring import choose_layout, full_logit_logprobs, sequence_logprobs
 
 

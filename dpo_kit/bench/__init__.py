@@ -23,8 +23,8 @@ from dpo_kit.bench.show import print_results
 from dpo_kit.bench.steps import StepWatch
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
+from dpo_kit.examples import PairTokens
 from dpo_kit.models import load_model, unwrap
-from dpo_kit.packing import PairTokens
 from dpo_kit.recipe import Recipe, make_training_config
 from dpo_kit.roofline import (
     DTYPES,

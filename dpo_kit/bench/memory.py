@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dpo_kit.capacity import free_bytes
+from dpo_kit.examples import PairTokens
 from dpo_kit.host_memory import release_freed_memory
-from dpo_kit.packing import PairTokens, cut_step, plan_step
+from dpo_kit.packing import cut_step, plan_step
 from dpo_kit.run_folder import peak_memory_bytes
 from dpo_kit.trainer import PreferenceTrainer
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from dpo_kit.bench.memory import MemoryMeter, bytes_of
 from dpo_kit.bench.profile import StepProfile
-from dpo_kit.packing import PairTokens
+from dpo_kit.examples import PairTokens
 from dpo_kit.trainer import PreferenceTrainer
 
 

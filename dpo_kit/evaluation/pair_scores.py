@@ -9,7 +9,8 @@ from datasets import Dataset
 from torch import nn
 
 from dpo_kit.attention import attention_backend
-from dpo_kit.packing import Layout, PairTokens, plan_step
+from dpo_kit.examples import PairTokens
+from dpo_kit.packing import Layout, plan_step
 from dpo_kit.scoring import choose_layout, sequence_logprobs
 
 # Pairs that are planned together: many enough that like prompts meet, few enough to hold.
