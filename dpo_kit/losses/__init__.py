@@ -4,6 +4,19 @@ A loss takes `LogProbs` and keyword hyper-parameters and gives one value per pai
 function with `@register_loss`; trainer, command line and recipes know no loss by name.
 """
 
+from dpo_kit.losses import (  # noqa: F401
+    anchored,
+    batchwise,
+    divergences,
+    offsets,
+    ranked,
+    reference_free,
+    regression,
+    reward,
+    surrogates,
+    tokens,
+    unpaired,
+)
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.likelihood import log_ratio, sft, unlikelihood
 from dpo_kit.losses.logistic import dpo

@@ -11,7 +11,14 @@ from dpo_kit.losses.inputs import LogProbs, log1mexp
 from dpo_kit.losses.registry import register_loss
 
 
-@register_loss("sft", reference=False, rejected=False, paper="Preferred-FT, arXiv 2305.18290, section 6")
+@register_loss(
+    "sft",
+    reference=False,
+    rejected=False,
+    paper="arXiv 2305.18290, section 6",
+    title="Preferred-FT",
+    incumbents=("TRL sft",),
+)
 def sft(logps: LogProbs, *, per_token: bool = True) -> Tensor:
     """-log pi(chosen): supervised fine-tuning on the chosen replies (Preferred-FT).
 
@@ -25,7 +32,12 @@ def sft(logps: LogProbs, *, per_token: bool = True) -> Tensor:
     return -logps.chosen / logps.need("chosen_lengths") if per_token else -logps.chosen
 
 
-@register_loss("unlikelihood", reference=False, paper="Welleck et al. 2019, arXiv 1908.04319, equation 4")
+@register_loss(
+    "unlikelihood",
+    reference=False,
+    paper="Welleck et al. 2019, arXiv 1908.04319, equation 4",
+    title="Unlikelihood",
+)
 def unlikelihood(logps: LogProbs, *, alpha: float = 0.5, smallest: float = 1e-5) -> Tensor:
     """-sum_t log p(chosen_t) - alpha sum_t log(1 - p(rejected_t)), token by token.
 
@@ -50,7 +62,10 @@ def unlikelihood(logps: LogProbs, *, alpha: float = 0.5, smallest: float = 1e-5)
 
 
 @register_loss(
-    "log_ratio", reference=False, paper="arXiv 2305.18290, section 6 and appendix (naive objective)"
+    "log_ratio",
+    reference=False,
+    paper="arXiv 2305.18290, section 6 and appendix (naive objective)",
+    title="Log-ratio (DPO without its weight)",
 )
 def log_ratio(logps: LogProbs, *, alpha: float = 1.0) -> Tensor:
     """-log pi(chosen) + alpha log pi(rejected): DPO's gradient without its dynamic weight.
