@@ -1,25 +1,21 @@
-"""The Triton kernels and `fused` equal the definition; every kernel compiles for sm_80 and sm_90.
+"""The Triton kernels and `fused` equal the definition.
 
 On a CUDA machine the tests run there. Without one they run in Triton's interpreter, which must be asked for
-before Triton is imported: `test_in_the_interpreter` runs this file again in a process of its own. Compiling
-ahead of time needs no GPU.
+before Triton is imported: `test_in_the_interpreter` runs this file again in a process of its own.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from dpo_kit.logprob import kernels, naive_token_logprobs, token_logprobs  # noqa: E402
+from dpo_kit.logprob import EXTRAS, kernels, naive_token_logprobs, token_logprobs  # noqa: E402
 from dpo_kit.logprob.fused import fused_token_logprobs  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -68,7 +64,7 @@ def double(inputs):
     return [x.detach().double().requires_grad_(x.requires_grad) if x is not None else None for x in inputs]
 
 
-def run(function, inputs, softcap=None, scale=1.0, extras=("entropy",), **options):
+def run(function, inputs, softcap=None, scale=1.0, extras=("squared_probs", "entropy"), **options):
     """Log-probs, extras and the gradients of what asks for one."""
     hidden, weight, bias, targets, upstream = inputs
     scale = scale / hidden.shape[1] ** 0.5
@@ -129,6 +125,28 @@ def test_a_row_over_several_tiles(monkeypatch):
     expected = run(fused_token_logprobs, inputs, 2.0)
     monkeypatch.setattr(kernels, "TILE", 64)
     torch.testing.assert_close(run(fused_token_logprobs, inputs, 2.0), expected, rtol=1e-12, atol=1e-14)
+
+
+@runs_kernels
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_extras_in_any_subset_and_order(one_kernel, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE", 64)
+    with torch.no_grad():
+        hidden, weight, bias, targets, _ = make(6, 4, 507, torch.float32, bias=True)
+        weight[300:] = weight[:207]  # every logit is there twice, in different tiles
+        bias[300:] = bias[:207]
+        targets[::2] = (hidden @ weight.T + bias).argmax(-1)[::2]
+        targets[2] = (targets[2] + 300) % 600
+        head = {"bias": bias, "softcap": 9.0, "scale": 0.5}
+        expected, truth = naive_token_logprobs(hidden, weight, targets, extras=EXTRAS, **head)
+        assert 3 <= truth["top1"].sum() < 6
+        for count in range(len(EXTRAS) + 1):
+            for names in itertools.permutations(EXTRAS, count):
+                head["extras"] = names
+                logps, found = fused_token_logprobs(hidden, weight, targets, fused_product=one_kernel, **head)
+                assert list(found) == list(names)
+                torch.testing.assert_close(logps, expected)
+                torch.testing.assert_close(found, {name: truth[name] for name in names})
 
 
 @runs_kernels
@@ -218,12 +236,17 @@ def test_autocast_computes_in_its_dtype_and_reduces_in_fp32():
 
 @runs_kernels
 def test_extreme_logits():
-    head = {"bias": None, "softcap": None, "scale": 1.0, "extras": ("entropy",)}
+    head = {"bias": None, "softcap": None, "scale": 1.0, "extras": EXTRAS}
     hidden = torch.ones(1, 1, device=DEVICE, requires_grad=True)
     weight = torch.tensor([[1e4], [-1e4], [0.0]], device=DEVICE, requires_grad=True)
     for target, expected in ((0, 0.0), (1, -2e4), (2, -1e4)):
         logps, extras = fused_token_logprobs(hidden, weight, torch.tensor([target], device=DEVICE), **head)
-        assert (logps.item(), extras["entropy"].item()) == (expected, 0.0)
+        assert logps.item() == expected
+        assert {name: x.item() for name, x in extras.items()} == {
+            "entropy": 0.0,
+            "squared_probs": 1.0,
+            "top1": float(target == 0),
+        }
         (gradient,) = torch.autograd.grad(logps.sum(), weight)
         assert torch.isfinite(gradient).all()
 
@@ -240,7 +263,7 @@ def test_a_bias_of_minus_infinity_masks_tokens(monkeypatch):
     places = torch.tensor([0, 1, 2, 0], device=DEVICE)
     few = hidden, weight[allowed].detach().requires_grad_(), bias[allowed].detach(), places, upstream
     expected = run(naive_token_logprobs, few)
-    found[3] = found[3][allowed]
+    found[4] = found[4][allowed]
     torch.testing.assert_close(found, expected)
 
 
@@ -260,8 +283,10 @@ def test_what_is_not_a_number_stays_so():
 @runs_kernels
 @kept_and_again
 def test_no_rows(options):
-    logps, entropy, *grads = run(fused_token_logprobs, make(0, 4, 300, bias=True), **options)
-    assert logps.shape == entropy.shape == (0,)
+    inputs = make(0, 4, 300, bias=True)
+    logps, *rest = run(fused_token_logprobs, inputs, extras=EXTRAS, **options)
+    extras, grads = rest[: len(EXTRAS)], rest[len(EXTRAS) :]
+    assert all(x.shape == (0,) for x in (logps, *extras))
     assert all(not grad.any() for grad in grads)
 
 
@@ -303,67 +328,6 @@ def test_in_the_interpreter():
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout)
-
-
-class Target:
-    """What Triton asks a driver before it compiles; there need be no such device."""
-
-    def __init__(self, capability):
-        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: capability
-        self.get_current_stream = lambda device: 0
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Launchers compile for the target and do not launch; name of the kernel -> what was compiled."""
-    found = {}
-    launch = JITFunction.run
-
-    def compile_only(self, *args, warmup, **options):
-        found[self.__name__] = launch(self, *args, warmup=True, **options)
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    return found
-
-
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of a thread block: CUDA C++ Programming Guide
-
-
-@pytest.mark.skipif(kernels.INTERPRETED, reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability", list(SHARED_MEMORY))
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_compiles_ahead_of_time(compiled, capability, everything, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(triton.runtime.driver, "_active", Target(capability))
-    hidden, weight = torch.empty(2, 4096, dtype=dtype), torch.empty(507, 4096, dtype=dtype)
-    bias, targets = torch.empty(507, dtype=dtype) if everything else None, torch.zeros(2, dtype=torch.long)
-    head = {"softcap": 30.0, "scale": 0.5} if everything else {"softcap": None, "scale": 1.0}
-    extras = ("entropy",) if everything else ()
-    products = kernels.product_buffer(2, 507, hidden)
-    logps, lse, *_ = kernels.statistics(products, bias, targets, extras, **head)
-    kernels.product_statistics(hidden, weight, bias, targets, extras, **head)
-    kernels.to_gradient_(products, bias, targets, logps, lse, first=0, **head)
-    assert len(compiled) == 3
-    for name, kernel in compiled.items():
-        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
-        # A few registers spilled after the loop over H cost nothing; hundreds would.
-        assert stack_bytes(kernel, tmp_path) <= 256, name
-    for name in ("_statistics_kernel", "_gradient_kernel"):
-        assert "ld.global.v4" in compiled[name].asm["ptx"]  # 16 bytes at a time, for an odd vocabulary too
-    if dtype == torch.bfloat16:
-        tensor_cores = "wgmma" if capability == 90 else "mma.sync"
-        assert tensor_cores in compiled["_product_statistics_kernel"].asm["ptx"]
-
-
-def stack_bytes(kernel, folder):
-    """Local memory of a thread, where spilled registers go."""
-    binary = folder / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
 
 
 @pytest.mark.cuda

@@ -1,11 +1,12 @@
 """token_logprobs: `chunked` equals the definition, values and gradients, whatever the chunking."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from dpo_kit.logprob import chunked_token_logprobs, naive_token_logprobs, token_logprobs
+from dpo_kit.logprob import EXTRAS, chunked_token_logprobs, naive_token_logprobs, token_logprobs
 
 SIZES = [(1, 1, 2), (7, 13, 123), (37, 24, 507), (64, 33, 252)]  # N, H, V
 
@@ -33,12 +34,13 @@ def test_hand_worked():
     hidden = torch.tensor([[1.0]], dtype=torch.float64).expand(3, 1)
     weight = torch.tensor([[0.0], [math.log(2)], [math.log(5)]], dtype=torch.float64)
     for impl in ("naive", "chunked", "auto"):
-        logps, extras = token_logprobs(
-            hidden, weight, torch.tensor([0, 1, 2]), extras=("entropy",), impl=impl
-        )
+        logps, extras = token_logprobs(hidden, weight, torch.tensor([0, 1, 2]), extras=EXTRAS, impl=impl)
         torch.testing.assert_close(logps.exp(), torch.tensor([0.125, 0.25, 0.625], dtype=torch.float64))
         entropy = -(0.125 * math.log(0.125) + 0.25 * math.log(0.25) + 0.625 * math.log(0.625))
         torch.testing.assert_close(extras["entropy"], torch.full((3,), entropy, dtype=torch.float64))
+        squares = (1 + 4 + 25) / 64
+        torch.testing.assert_close(extras["squared_probs"], torch.full((3,), squares, dtype=torch.float64))
+        assert extras["top1"].tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -54,6 +56,37 @@ def test_equals_the_definition_in_fp64(size, bias, softcap, scale, keep):
         chunked_token_logprobs, *inputs, softcap=softcap, scale=scale, keep_bytes=budget, chunk_bytes=row * 5
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["naive", "chunked"])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.5)])
+def test_extras_in_any_subset_and_order(impl, softcap, scale):
+    hidden, weight, bias, targets, _ = make(37, 24, 507, bias=True)
+    logits = scale * (hidden @ weight.T + bias).detach()
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    targets[::2] = logits.argmax(-1)[::2]
+    distribution = torch.distributions.Categorical(logits=logits)
+    expected = {
+        "entropy": distribution.entropy(),
+        "squared_probs": distribution.probs.square().sum(-1),
+        "top1": (targets == logits.argmax(-1)).double(),
+    }
+    head = {"bias": bias, "softcap": softcap, "scale": scale, "impl": impl}
+    plain = token_logprobs(hidden, weight, targets, **head)
+    for count in range(1, len(EXTRAS) + 1):
+        for names in itertools.permutations(EXTRAS, count):
+            logps, found = token_logprobs(hidden, weight, targets, extras=names, **head)
+            assert torch.equal(logps, plain)
+            assert list(found) == list(names)
+            torch.testing.assert_close(found, {name: expected[name] for name in names})
+            assert not any(x.requires_grad for x in found.values())
+
+
+def test_a_target_as_likely_as_the_likeliest_is_on_top():
+    hidden, weight = torch.ones(4, 1), torch.tensor([[2.0], [1.0], [2.0], [0.0]])
+    for impl in ("naive", "chunked"):
+        _, extras = token_logprobs(hidden, weight, torch.arange(4), extras=("top1",), impl=impl)
+        assert extras["top1"].tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

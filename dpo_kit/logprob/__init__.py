@@ -3,7 +3,9 @@
     token_logprobs(hidden, weight, targets) == log_softmax(hidden @ weight.T, -1)[range(N), targets]
 
 `naive` is that line and the truth; `chunked` is the same function at bounded memory on any device; `fused`
-is it on CUDA, with `kernels` written in Triton, and is imported only where it is used.
+is it on CUDA, with `kernels` written in Triton, and is imported only where it is used. `divergence` is the
+same for policy and reference at once, with the KL divergence of their whole distributions. `head` is what
+those in plain PyTorch share.
 This package knows no loss and no model.
 """
 
@@ -16,9 +18,19 @@ from typing import Any
 from torch import Tensor
 
 from dpo_kit.logprob.chunked import chunked_token_logprobs
-from dpo_kit.logprob.naive import EXTRAS, naive_token_logprobs
+from dpo_kit.logprob.divergence import token_logprobs_and_kl
+from dpo_kit.logprob.head import EXTRAS, HeadInputs, check
+from dpo_kit.logprob.naive import naive_token_kl, naive_token_logprobs
 
-__all__ = ["EXTRAS", "chunked_token_logprobs", "naive_token_logprobs", "token_logprobs"]
+__all__ = [
+    "EXTRAS",
+    "HeadInputs",
+    "chunked_token_logprobs",
+    "naive_token_kl",
+    "naive_token_logprobs",
+    "token_logprobs",
+    "token_logprobs_and_kl",
+]
 
 _IMPLEMENTATIONS = ("naive", "chunked", "fused")
 
@@ -46,8 +58,9 @@ def token_logprobs(
         bias: [V] or None.
         softcap: positive, or None.
         scale: factor on the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-        extras: statistics of each distribution to return beside the log-probs, without gradient:
-            "entropy" (nats).
+        extras: statistics of each distribution to return beside the log-probs, without gradient, in the
+            same pass: "entropy" (nats); "squared_probs", the sum of p^2 over the vocabulary; "top1", 1 where
+            no token is likelier than the target (a tie counts), else 0. Any of EXTRAS, in any order.
         impl: "naive", "chunked", "fused", or "auto", which picks the fastest for the device: "fused" on
             CUDA where Triton is installed, "chunked" elsewhere.
 
@@ -59,7 +72,7 @@ def token_logprobs(
         ValueError: shapes that do not fit, a target outside the vocabulary (on an accelerator the device's
             own error, or NaN from "fused"), unknown extras or impl, "fused" without CUDA or Triton.
     """
-    _check(hidden, weight, targets, bias, softcap, extras)
+    check(HeadInputs(hidden, weight, bias, softcap, scale), targets, extras)
     if impl == "auto":
         impl = "fused" if hidden.device.type == "cuda" and _has_triton() else "chunked"
     logps, statistics = _implementation(impl)(
@@ -84,29 +97,3 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, dict[str, Tensor]]
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    extras: Sequence[str],
-) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
-        raise ValueError(f"expected hidden [N, H] and weight [V, H], got {shapes}")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"expected targets [{hidden.shape[0]}], got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"expected bias [{weight.shape[0]}], got {tuple(bias.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if unknown := set(extras) - set(EXTRAS):
-        raise ValueError(f"unknown extras {sorted(unknown)}; known: {', '.join(EXTRAS)}")
-    # On an accelerator the look at the values would wait for the device.
-    if targets.device.type == "cpu" and len(targets):
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(f"targets must lie in 0 .. {weight.shape[0] - 1}, got {low} .. {high}")

@@ -12,6 +12,7 @@ together. So there is no lock, no atomic and no order of arrival: the same input
 sums are in fp32 (fp64 for fp64 products), whatever the input.
 
 An extra is two branches, side by side: its part in `_extra_part` and the sum of the parts in `_joined_extra`.
+"top1" is neither: the target's logit and the largest, which are there anyhow, say it.
 
 Leaves out the matrix products of the chunked way (cuBLAS) and autograd: see `fused`.
 Shapes: N rows, V vocabulary or a slice of it, H hidden size, T tiles of the vocabulary, E extras.
@@ -79,7 +80,7 @@ def statistics(
         products_NV.stride(0),
         SCALE=scale,
         SOFTCAP=softcap,
-        EXTRAS=extras,
+        EXTRAS=_with_parts(extras),
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         num_warps=WARPS,
@@ -120,7 +121,7 @@ def product_statistics(
         H=h,
         SCALE=scale,
         SOFTCAP=softcap,
-        EXTRAS=extras,
+        EXTRAS=_with_parts(extras),
         PRECISION="ieee" if exact else "tf32",
         INTERPRETED=INTERPRETED,
         **blocks,
@@ -175,16 +176,20 @@ def product_blocks(dtype: torch.dtype) -> dict[str, Any]:
     return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 
 
+def _with_parts(extras: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in extras if name != "top1")
+
+
 def _outputs(like: Tensor, tiles: int, extras: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """What a kernel writes: [2 + E, T, N] parts of the statistics and [N] logits of the targets."""
+    """What a kernel writes: [2 + extras, T, N] parts of the statistics and [N] logits of the targets."""
     dtype, n = torch.promote_types(like.dtype, torch.float32), len(like)
-    parts = torch.empty(2 + len(extras), tiles, n, dtype=dtype, device=like.device)
+    parts = torch.empty(2 + len(_with_parts(extras)), tiles, n, dtype=dtype, device=like.device)
     # The tile that holds the target writes its logit; no tile does where there is no such token.
     return parts, torch.full((n,), float("nan"), dtype=dtype, device=like.device)
 
 
 def _joined(parts: Tensor, target_logits_N: Tensor, extras: tuple[str, ...]) -> Tensor:
-    """[2 + E, T, N] parts of the tiles -> [2 + E, N] log-probs, log-sum-exps, extras."""
+    """Parts of the tiles, see `_outputs` -> [2 + E, N] log-probs, log-sum-exps, extras."""
     tops_TN, totals_TN = parts[0], parts[1]
     top_N = tops_TN.amax(0)
     shifts_TN = tops_TN - top_N
@@ -192,8 +197,12 @@ def _joined(parts: Tensor, target_logits_N: Tensor, extras: tuple[str, ...]) -> 
     log_total_N = total_N.log()
     # The logit less the largest first: the log-prob of a sure token keeps its digits.
     rows = [target_logits_N - top_N - log_total_N, top_N + log_total_N]
-    for name, part_TN in zip(extras, parts[2:], strict=True):
-        rows.append(_joined_extra(name, part_TN, totals_TN, shifts_TN, total_N))
+    parts_TN = iter(parts[2:])
+    for name in extras:
+        if name == "top1":
+            rows.append((target_logits_N == top_N).to(top_N.dtype))
+        else:
+            rows.append(_joined_extra(name, next(parts_TN), totals_TN, shifts_TN, total_N))
     return torch.stack(rows)
 
 
@@ -203,6 +212,8 @@ def _extra_part(NAME: tl.constexpr, z_NV, weights_NV):  # type: ignore[no-untype
     if NAME == "entropy":
         # A weight of 0 may come from a logit of -inf, and 0 * -inf is NaN.
         part_N = tl.sum(tl.where(weights_NV == 0.0, 0.0, weights_NV * z_NV), 1)
+    elif NAME == "squared_probs":
+        part_N = tl.sum(weights_NV * weights_NV, 1)
     else:
         tl.static_assert(False, "no kernel for this extra")
     return part_N
@@ -215,6 +226,8 @@ def _joined_extra(
     share_TN = shifts_TN.exp() / total_N
     if name == "entropy":
         return total_N.log() - (share_TN * (part_TN + shifts_TN * totals_TN)).sum(0)
+    if name == "squared_probs":
+        return (share_TN.square() * part_TN).sum(0)
     raise ValueError(f"the parts of '{name}' have no sum")
 
 
@@ -262,8 +275,7 @@ def _store_parts(  # type: ignore[no-untyped-def]
     tl.store(parts_ptr + place_N, top_N, mask=live_N)
     tl.store(parts_ptr + plane + place_N, tl.sum(weights_NV, 1), mask=live_N)
     for i in tl.static_range(len(EXTRAS)):
-        name: tl.constexpr = EXTRAS[i]
-        part_N = _extra_part(name, z_NV, weights_NV)
+        part_N = _extra_part(EXTRAS[i], z_NV, weights_NV)
         tl.store(parts_ptr + (2 + i) * plane + place_N, part_N, mask=live_N)
 
 
@@ -283,26 +295,14 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    tile = tl.program_id(1)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
     rows_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns_V = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     pointers_NV = products_ptr + rows_N.to(tl.int64)[:, None] * stride + columns_V[None, :]
     # Up to the stride, not to v: the padding is readable, and an aligned mask keeps the accesses wide.
     products_NV = tl.load(pointers_NV, mask=(rows_N < n)[:, None] & (columns_V < stride)[None, :], other=0.0)
     z_NV = _logits(products_NV.to(parts_ptr.dtype.element_ty), bias_ptr, columns_V, v, SCALE, SOFTCAP)
-    _store_parts(
-        z_NV,
-        rows_N,
-        tile,
-        tl.num_programs(1),
-        targets_ptr,
-        target_logits_ptr,
-        parts_ptr,
-        n,
-        v,
-        EXTRAS,
-        BLOCK_V,
-    )
+    _store_parts(z_NV, rows_N, tile, tiles, targets_ptr, target_logits_ptr, parts_ptr, n, v, EXTRAS, BLOCK_V)
 
 
 @triton.jit(do_not_specialize=["n", "v"])
