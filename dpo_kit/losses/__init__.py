@@ -1,7 +1,8 @@
-"""Objectives on preference pairs: pure functions on log-probs, found by name.
+"""Objectives on preference data: pure functions on log-probs, in families, found by name.
 
-A loss takes `LogProbs` and keyword hyper-parameters and gives one value per pair. Adding one is a
-function with `@register_loss`; trainer, command line and recipes know no loss by name.
+A loss takes `LogProbs` and keyword hyper-parameters and gives one value per example (per reply, where it
+learns from labelled replies). Adding one is a function with `@register_loss`; trainer, command line and
+recipes know no loss by name.
 """
 
 from dpo_kit.losses import (  # noqa: F401
@@ -17,7 +18,7 @@ from dpo_kit.losses import (  # noqa: F401
     tokens,
     unpaired,
 )
-from dpo_kit.losses.inputs import LogProbs
+from dpo_kit.losses.inputs import LogProbs, concatenate
 from dpo_kit.losses.likelihood import log_ratio, sft, unlikelihood
 from dpo_kit.losses.logistic import dpo
 from dpo_kit.losses.registry import LossSpec, Objective, get_loss, loss_names, make_objective, register_loss
@@ -26,6 +27,7 @@ __all__ = [
     "LogProbs",
     "LossSpec",
     "Objective",
+    "concatenate",
     "dpo",
     "get_loss",
     "log_ratio",

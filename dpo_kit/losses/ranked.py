@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kit.losses.common import require_at_least_zero, require_positive
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.registry import register_loss
 
@@ -38,14 +39,14 @@ class _Lists:
         self.scores_PK = self.table(scores.to(torch.promote_types(policy.dtype, scores.dtype)))
         self.present_PK = self.table(torch.ones_like(example, dtype=torch.bool))
         both = self.present_PK[:, :, None] & self.present_PK[:, None, :]
-        self.better_PKK = both & (differences(self.scores_PK) > 0)
+        self.better_PKK = both & (_differences(self.scores_PK) > 0)
 
     def table(self, values: Tensor) -> Tensor:
         """[S] values of replies -> [P, K], 0 where there is no reply."""
         return values.new_zeros(self._shape).index_put((self._example, self._slot), values)
 
 
-def differences(values_PK: Tensor) -> Tensor:
+def _differences(values_PK: Tensor) -> Tensor:
     """[P, K, K] value of the first reply minus that of the second."""
     return values_PK[:, :, None] - values_PK[:, None, :]
 
@@ -69,10 +70,9 @@ def plackett_luce(logps: LogProbs, *, beta: float = 0.1) -> Tensor:
     Returns:
         [P] loss per list, nats: the sum over its replies.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     lists = _Lists(logps)
-    ahead = beta * differences(lists.table(logps.logratios))
+    ahead = beta * _differences(lists.table(logps.logratios))
     itself = torch.eye(ahead.shape[-1], dtype=torch.bool, device=ahead.device)
     # From differences, so that a constant on all replies of a list cancels before it can cost precision.
     competing = (-ahead).masked_fill(~(lists.better_PKK | itself), -torch.inf)
@@ -100,14 +100,13 @@ def lipo(logps: LogProbs, *, beta: float = 0.05) -> Tensor:
     Returns:
         [P] loss per list, nats: the sum over its pairs.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     lists = _Lists(logps)
     if bool((lists.scores_PK > 60).any()):
         raise ValueError("lipo's gains are powers of 2: scale the scores, best to [0, 1]; one is above 60")
-    ahead = differences(lists.table(logps.logratios))
+    ahead = _differences(lists.table(logps.logratios))
     discounts = 1 / torch.log1p(_rank(lists, ahead.detach()))
-    weights = differences(torch.exp2(lists.scores_PK)).abs() * differences(discounts).abs()
+    weights = _differences(torch.exp2(lists.scores_PK)).abs() * _differences(discounts).abs()
     losses = -weights * F.logsigmoid(beta * ahead)
     return losses.masked_fill(~lists.better_PKK, 0).sum((1, 2))
 
@@ -119,7 +118,7 @@ def _rank(lists: _Lists, ahead_PKK: Tensor) -> Tensor:
     so that which of them comes first changes nothing.
     """
     places = torch.arange(ahead_PKK.shape[-1], device=ahead_PKK.device)
-    equal_scores = differences(lists.scores_PK) == 0
+    equal_scores = _differences(lists.scores_PK) == 0
     wins_tie = lists.better_PKK | (equal_scores & (places[:, None] < places))
     before = (ahead_PKK > 0) | ((ahead_PKK == 0) & wins_tie)
     before = before & lists.present_PK[:, :, None]
@@ -147,11 +146,10 @@ def rrhf(logps: LogProbs, *, rank_weight: float = 1.0, per_token: bool = False) 
     Returns:
         [P] loss per list, nats: the sum over its pairs, and the likelihood term.
     """
-    if rank_weight < 0:
-        raise ValueError(f"rank_weight must not be negative, got {rank_weight}")
+    require_at_least_zero(rank_weight=rank_weight)
     lists = _Lists(logps)
     means = logps.need("policy") / logps.need("lengths")
-    behind = F.relu(-differences(lists.table(means))).masked_fill(~lists.better_PKK, 0)
+    behind = F.relu(-_differences(lists.table(means))).masked_fill(~lists.better_PKK, 0)
     likelihoods = lists.table(means if per_token else logps.need("policy"))
     best = lists.present_PK & ~lists.better_PKK.any(1)
     likelihood = likelihoods.masked_fill(~best, 0).sum(-1) / best.sum(-1)

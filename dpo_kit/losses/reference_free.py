@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kit.losses.common import require_at_least_zero, require_positive
 from dpo_kit.losses.inputs import LogProbs, log1mexp
 from dpo_kit.losses.registry import register_loss
 
@@ -40,10 +41,8 @@ def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float = 1.4) -> Tensor:
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if gamma < 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}")
+    require_positive(beta=beta)
+    require_at_least_zero(gamma=gamma)
     chosen, rejected = _mean_logps(logps)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
@@ -75,10 +74,8 @@ def alphapo(
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if gamma < 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}")
+    require_positive(beta=beta)
+    require_at_least_zero(gamma=gamma)
     if not 0 < largest <= 60:
         raise ValueError(f"largest must lie in (0, 60], got {largest}")
     chosen, rejected = _mean_logps(logps)
@@ -110,10 +107,8 @@ def cpo(
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if likelihood_weight < 0:
-        raise ValueError(f"likelihood_weight must not be negative, got {likelihood_weight}")
+    require_positive(beta=beta)
+    require_at_least_zero(likelihood_weight=likelihood_weight)
     likelihood = logps.chosen / logps.chosen_lengths if per_token else logps.chosen
     return -F.logsigmoid(beta * (logps.chosen - logps.rejected)) - likelihood_weight * likelihood
 
@@ -140,8 +135,7 @@ def orpo(logps: LogProbs, *, odds_weight: float = 0.1, smallest: float = 1e-5) -
     Returns:
         [P] loss per pair, nats.
     """
-    if odds_weight < 0:
-        raise ValueError(f"odds_weight must not be negative, got {odds_weight}")
+    require_at_least_zero(odds_weight=odds_weight)
     if not 0 < smallest < 1:
         raise ValueError(f"smallest must lie in (0, 1), got {smallest}")
     means = _mean_logps(logps)

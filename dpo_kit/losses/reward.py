@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kit.losses.common import require_at_least_zero
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.registry import register_loss
 
@@ -30,8 +31,7 @@ def bradley_terry(logps: LogProbs, *, margin: bool = False, centring: float = 0.
     Returns:
         [P] loss per pair, nats.
     """
-    if centring < 0:
-        raise ValueError(f"centring must not be negative, got {centring}")
+    require_at_least_zero(centring=centring)
     chosen, rejected = logps.halves(logps.need("rewards"))
     difference = chosen - rejected
     if margin:

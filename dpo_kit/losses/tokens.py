@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kit.losses.common import logratio_margin, require_at_least_zero, require_positive
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.registry import register_loss
 
@@ -32,12 +33,11 @@ def wpo(logps: LogProbs, *, beta: float = 0.01) -> Tensor:
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     aligned = logps.need("token_logps").detach() - logps.extra("squared_probs").detach().log()
     chosen, rejected = logps.halves(logps.sum_per_reply(aligned) / logps.need("lengths"))
     weight = (chosen + rejected).clamp(max=0).exp()
-    return -weight * F.logsigmoid(beta * (logps.chosen_logratios - logps.rejected_logratios))
+    return -weight * F.logsigmoid(beta * logratio_margin(logps))
 
 
 @register_loss(
@@ -45,7 +45,7 @@ def wpo(logps: LogProbs, *, beta: float = 0.01) -> Tensor:
     reference_tokens=True,
     paper="Liu et al. 2024, arXiv 2409.06411",
     title="LD-DPO",
-    incumbents=("TRL sigmoid with ld_alpha", "LLaMA-Factory sigmoid with ld_alpha"),
+    incumbents=("TRL sigmoid with ld_alpha", "LLaMA-Factory LD-DPO", "ms-swift ld_alpha"),
 )
 def ld_dpo(logps: LogProbs, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
     """DPO with tokens beyond the shorter reply's length counted alpha times, under policy and reference.
@@ -54,13 +54,12 @@ def ld_dpo(logps: LogProbs, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
         logps: needs both replies' token log-probs under policy and reference, and their lengths.
         beta: strength of the KL constraint, positive.
         alpha: weight of the longer reply's surplus tokens, in [0, 1]; at 1 this is DPO. The paper tunes it
-            by model; TRL has no default.
+            by model, so the default is ours; TRL has none.
 
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     shared = torch.minimum(logps.chosen_lengths, logps.rejected_lengths)
@@ -89,11 +88,9 @@ def tdpo1(logps: LogProbs, *, beta: float = 0.1) -> Tensor:
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     chosen, rejected = logps.sum_per_sequence(logps.extra("reference_kl"))
-    margin = logps.chosen_logratios - logps.rejected_logratios
-    return -F.logsigmoid(beta * (margin - (rejected - chosen)))
+    return -F.logsigmoid(beta * (logratio_margin(logps) - (rejected - chosen)))
 
 
 @register_loss(
@@ -116,10 +113,7 @@ def tdpo2(logps: LogProbs, *, beta: float = 0.1, alpha: float = 0.5) -> Tensor:
     Returns:
         [P] loss per pair, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if alpha < 0:
-        raise ValueError(f"alpha must not be negative, got {alpha}")
+    require_positive(beta=beta)
+    require_at_least_zero(alpha=alpha)
     chosen, rejected = logps.sum_per_sequence(logps.extra("reference_kl"))
-    margin = logps.chosen_logratios - logps.rejected_logratios
-    return -F.logsigmoid(beta * (margin - alpha * (rejected - chosen.detach())))
+    return -F.logsigmoid(beta * (logratio_margin(logps) - alpha * (rejected - chosen.detach())))

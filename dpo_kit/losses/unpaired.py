@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kit.losses.common import require_at_least_zero, require_momentum, require_positive
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.registry import register_loss
 
@@ -26,10 +27,7 @@ def _weighted(losses: Tensor, logps: LogProbs, desirable: float, undesirable: fl
     Raises:
         ValueError: a negative weight.
     """
-    if desirable < 0 or undesirable < 0:
-        raise ValueError(
-            f"desirable_weight and undesirable_weight must not be negative, got {desirable} and {undesirable}"
-        )
+    require_at_least_zero(desirable_weight=desirable, undesirable_weight=undesirable)
     return torch.where(logps.labels, desirable * losses, undesirable * losses)
 
 
@@ -63,8 +61,7 @@ def kto(
     Returns:
         [S] loss per reply, between 0 and its weight.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     mismatched = logps.need("mismatched").detach()
     divergence = (mismatched.sum() / max(len(mismatched), 1)).clamp(min=0)
     # 1 - sigmoid(x) = sigmoid(-x), without cancellation.
@@ -102,15 +99,13 @@ def bco(logps: LogProbs, *, beta: float = 0.01, momentum: float = 0.9) -> Tensor
     Args:
         logps: needs labels, the reference and `running`.
         beta: strength of the KL constraint, positive; 0.01 in the paper, 0.1 in TRL.
-        momentum: weight of the past in the moving average, in [0, 1).
+        momentum: weight of the past in the moving average, in [0, 1). The default is ours.
 
     Returns:
         [S] binary cross-entropy per reply, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+    require_positive(beta=beta)
+    require_momentum(momentum)
     shifted = beta * logps.logratios - logps.need("running").detach()
     return -F.logsigmoid(_signed(shifted, logps))
 
@@ -139,8 +134,7 @@ def apo_zero_unpaired(
     Returns:
         [S] loss per reply, between 0 and its weight.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_positive(beta=beta)
     losses = torch.sigmoid(-_signed(beta * logps.logratios, logps))
     return _weighted(losses, logps, desirable_weight, undesirable_weight)
 
@@ -165,9 +159,7 @@ def npo(logps: LogProbs, *, beta: float = 0.1, retain: float = 0.0) -> Tensor:
     Returns:
         [S] loss per reply, nats.
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if retain < 0:
-        raise ValueError(f"retain must not be negative, got {retain}")
+    require_positive(beta=beta)
+    require_at_least_zero(retain=retain)
     unlearned = -2 / beta * F.logsigmoid(-beta * logps.logratios)
     return torch.where(logps.labels, -retain * logps.need("policy"), unlearned)
