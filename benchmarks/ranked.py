@@ -59,7 +59,7 @@ def hh_pairs(file: Path) -> list[TextPair]:
 
 def token_pairs(pairs: Sequence[TextPair]) -> list[PairTokens]:
     """Ids under a byte-level BPE learned on the same texts; prompt and reply are encoded apart."""
-    from dpo_kit.tokenization import train_byte_level_bpe
+    from dpo_kit.tokenizer import train_byte_level_bpe
 
     tokenizer = train_byte_level_bpe((text for pair in pairs for text in pair), BPE_TOKENS)
     texts = sorted({text for pair in pairs for text in pair})

@@ -107,7 +107,8 @@ def loaded_pairs(source: Path, count: int, vocabulary: int) -> list[dict[str, An
     from datasets import Dataset
 
     from dpo_kit.pairs import read_pairs
-    from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe
+    from dpo_kit.tokenization import tokenize_pairs
+    from dpo_kit.tokenizer import train_byte_level_bpe
 
     rows, _ = read_pairs(source, invalid="drop")
     if len(rows) < count:
@@ -135,7 +136,7 @@ def write_task(task: Task, folder: Path) -> Work:
     (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "task.json").write_text(json.dumps(asdict(task)), encoding="utf-8")
     if importlib.util.find_spec("datasets"):
-        from dpo_kit.tokenization import train_byte_level_bpe
+        from dpo_kit.tokenizer import train_byte_level_bpe
 
         train_byte_level_bpe([], 258).save_pretrained(folder / "tokenizer")
     pairs = [PairTokens.from_row(row) for row in rows[begin:]]

@@ -1,8 +1,9 @@
-"""Tokenised data set -> rows without Python lists, and the order in which pairs are dealt to steps.
+"""Tokenised data set -> rows without Python lists, and the order in which they are dealt to steps.
 
-`TokenRows` is what a dataloader reads pairs from: `datasets` itself turns every token into a Python object
-first, which takes longer than all of the planning. `PromptGroups` is a sampler that keeps the pairs of one
-prompt together, so that they meet in one token tree. Plans nothing (`packing`).
+`TokenRows` is what a dataloader reads examples of any kind from: `datasets` itself turns every token into a
+Python object first, which takes longer than all of the planning. `PromptGroups` is a sampler that keeps the
+rows of one prompt together, so that they meet in one token tree. `mismatched_partners` gives every row
+another one that answers another prompt. Plans nothing (`packing`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from dpo_kit.errors import InputError
 from dpo_kit.tree import IntArray
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-# What `PairTokens.from_row` takes.
-READ = ("prompt_ids", "chosen_ids", "rejected_ids", "weight", "margin", "source")
+REPLIES = ("chosen_ids", "rejected_ids", "completion_ids", "completions_ids")
+# What `examples.example_of` takes.
+READ = ("prompt_ids", *REPLIES, "label", "scores", "weight", "margin", "source")
 
 # Groups among which one is looked for that fits what is left of a step.
 _WINDOW = 64
@@ -30,19 +33,25 @@ _ROWS_AT_ONCE = 10_000
 
 
 class TokenRows(Dataset):
-    """The rows of a tokenised data set, token ids as views of its Arrow buffers.
+    """The rows of a tokenised data set of any kind, token ids as views of its Arrow buffers.
 
     Nothing is copied: where the data set is mapped from a file, rows are read when they are asked for.
+    A row is a dict of those of `READ` that the data set has: ids as arrays (`completions_ids` as a list of
+    arrays), `scores` as an array, `label` a bool, the others as they are.
 
     Args:
-        dataset: with `prompt_ids` and `chosen_ids`, and any of `READ`; its other columns are left out.
+        dataset: with `prompt_ids` and `chosen_ids`, or any of `READ`; its other columns are left out.
+        partners: [N] for each row the number of another one; each row then has `partner` too, the list of
+            that other row's replies as arrays of ids. See `mismatched_partners`.
     """
 
-    def __init__(self, dataset: datasets.Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: datasets.Dataset, partners: IntArray | None = None) -> None:
+        if partners is not None and len(partners) != len(dataset):
+            raise ValueError(f"{len(partners)} partners for {len(dataset)} rows")
+        self._dataset, self._partners = dataset, partners
         self._names = [name for name in READ if name in dataset.column_names]
         batches = dataset.data.table.select(self._names).to_batches()
-        self._parts = [[_reader(column) for column in batch.columns] for batch in batches]
+        self._parts = [dict(zip(self._names, map(_reader, batch.columns), strict=True)) for batch in batches]
         self._firsts = np.cumsum([0, *(batch.num_rows for batch in batches)])
         # A selection or a shuffle of a data set is its table and the rows that are meant.
         chosen = dataset._indices
@@ -50,7 +59,7 @@ class TokenRows(Dataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A process that is not forked opens the file; the views would be sent as what they show.
-        return TokenRows, (self._dataset,)
+        return TokenRows, (self._dataset, self._partners)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -60,21 +69,39 @@ class TokenRows(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows at once, as torch's dataloader asks for them."""
+        rows = self._read(indices, self._names)
+        if self._partners is not None:
+            names = [name for name in REPLIES if name in self._names]
+            partners = self._read(self._partners[np.asarray(indices, np.int64)], names)
+            for row, partner in zip(rows, partners, strict=True):
+                row["partner"] = _replies(partner)
+        return rows
+
+    def _read(self, indices: Sequence[int] | IntArray, names: list[str]) -> list[dict[str, Any]]:
         rows = np.asarray(indices if self._chosen is None else self._chosen[indices], np.int64)
         parts = self._firsts.searchsorted(rows, side="right") - 1
         places = (rows - self._firsts[parts]).tolist()
         return [
-            {name: read(place) for name, read in zip(self._names, self._parts[part], strict=True)}
+            {name: self._parts[part][name](place) for name in names}
             for part, place in zip(parts.tolist(), places, strict=True)
         ]
 
 
+def _replies(row: dict[str, Any]) -> list[IntArray]:
+    """All arrays of a row that has nothing but replies."""
+    return [ids for value in row.values() for ids in (value if isinstance(value, list) else [value])]
+
+
 def _reader(column: pa.Array) -> Callable[[int], Any]:
-    """Row number -> value; a list as a view of its elements."""
+    """Row number -> value; a list as a view of its elements, a list of lists as a list of such views."""
     if not hasattr(column, "offsets"):
         return lambda row: _as_array(column[row].as_py())
-    values, bounds = column.values.to_numpy(), column.offsets.to_numpy()
-    return lambda row: values[bounds[row] : bounds[row + 1]]
+    bounds = column.offsets.to_numpy()
+    if not hasattr(column.values, "offsets"):
+        values = column.values.to_numpy()
+        return lambda row: values[bounds[row] : bounds[row + 1]]
+    inner = _reader(column.values)
+    return lambda row: [inner(place) for place in range(bounds[row], bounds[row + 1])]
 
 
 def _as_array(value: Any) -> Any:
@@ -82,17 +109,17 @@ def _as_array(value: Any) -> Any:
 
 
 class PromptGroups(Sampler[int]):
-    """A random order of pairs in which those of one prompt stand together; see `deal`.
+    """A random order of rows in which those of one prompt stand together; see `deal`.
 
     It is the same on all ranks. Accelerate hands whole batches to the ranks in turn, so `batch_size` is what
     one rank's dataloader takes at a time, and one step is as many neighbouring batches as there are ranks.
 
-    Pairs of one prompt are not independent: a step's gradient is an average over fewer prompts than with a
+    Rows of one prompt are not independent: a step's gradient is an average over fewer prompts than with a
     plain shuffle, and so is noisier. What is trained on in an epoch stays the same, its order does not.
 
     Args:
-        dataset: tokenised.
-        batch_size: pairs of a dataloader's batch.
+        dataset: tokenised, of any kind.
+        batch_size: rows of a dataloader's batch.
         seed: with the epoch, decides the order.
     """
 
@@ -124,6 +151,28 @@ def prompt_groups(dataset: datasets.Dataset) -> IntArray:
         for row in rows.__getitems__(range(first, min(first + _ROWS_AT_ONCE, len(rows))))
     )
     return np.array([numbers.setdefault(digest, len(numbers)) for digest in digests], np.int64)
+
+
+def mismatched_partners(dataset: datasets.Dataset) -> IntArray:
+    """[N] for each row of a tokenised data set, the next one in cyclic order that has another prompt.
+
+    It depends on the order of the data set and on nothing else: neither on batches nor on their size, so
+    that a batch of one has its partner too.
+
+    Raises:
+        InputError: all rows have the same prompt.
+    """
+    groups = prompt_groups(dataset)
+    # Where the prompt changes from a row to the next; all rows up to there have the same partner behind it.
+    lasts = np.flatnonzero(groups != np.roll(groups, -1))
+    if not len(lasts):
+        raise InputError(
+            f"all {len(groups)} rows have the same prompt, and the loss needs replies to other prompts too",
+            field="data.train",
+            mend="Add rows with other prompts, or take a loss that needs no estimate of the KL divergence",
+        )
+    ahead = lasts[lasts.searchsorted(np.arange(len(groups))) % len(lasts)]
+    return (ahead + 1) % len(groups)
 
 
 def deal(groups: IntArray, batch_size: int, seed: int, epoch: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""One canonical pair -> the ids of its prompt, chosen and rejected, at full length.
+"""One canonical row -> the ids of its prompt and of its replies (a pair's are two), at full length.
 
 A completion's ids are exactly what the model would have to generate after the prompt's ids, ended by one end
 token. Texts are taken as they are; messages are written out by the tokenizer's own chat template. Knows no
@@ -11,13 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.kinds import kind_of_columns
 
 Pair = tuple[list[int], list[int], list[int]]
+# Of a prompt, and of each of its replies.
+Ids = tuple[list[int], list[list[int]]]
 
 # Put before a completion that cannot be encoded in its place, to keep off the space that some tokenizers
 # add before a text's first word. The empty one, which nothing can merge with, is the last resort.
@@ -35,7 +39,7 @@ def encode_pair(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Pair:
-    """One canonical row -> (prompt ids, chosen ids, rejected ids).
+    """One canonical pair -> (prompt ids, chosen ids, rejected ids).
 
     At full length, each completion closed by its end token (for an end cut off, see `LengthPolicy`). The
     prompt is empty where neither its text nor the tokenizer gives an id. Raises `InputError` where the
@@ -50,52 +54,71 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None,
 ) -> list[tuple[Pair, bool]]:
-    """Rows -> their ids at full length, and whether a completion's ids do not give back its text (see
-    `TokenizedPairs.counts`). All texts go through the tokenizer in a few batch calls."""
+    """`encode_replies` of pairs, each as `encode_pair` gives it."""
+    return [
+        ((prompt, chosen, rejected), inexact)
+        for (prompt, (chosen, rejected)), inexact in encode_replies(rows, tokenizer, template_kwargs)
+    ]
+
+
+def encode_replies(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None,
+) -> list[tuple[Ids, bool]]:
+    """Canonical rows of one kind -> their ids at full length, and whether the ids of a reply do not give back
+    its text (see `TokenizedPairs.counts`). All texts go through the tokenizer in a few batch calls."""
     added = [*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens]
     turn_ends = frozenset(token for token in added if token.strip())
-    texts = [_pair_text(row, tokenizer, template_kwargs, turn_ends) for row in rows]
+    texts = [_row_text(row, tokenizer, template_kwargs, turn_ends) for row in rows]
     opening, bos_id = _opening(tokenizer), tokenizer.bos_token_id
     prompts = _ids([text.prompt for text in texts], tokenizer)
-    replies = [_without_end(reply, text.end) for text in texts for reply in (text.chosen, text.rejected)]
-    heads = [(text.prompt, ids) for text, ids in zip(texts, prompts, strict=True) for _ in range(2)]
-    completions = _completions(heads, replies, tokenizer)
-    pairs = []
-    for i, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+    replies = [_without_end(reply, text.end) for text in texts for reply in text.replies]
+    heads = [(text.prompt, ids) for text, ids in zip(texts, prompts, strict=True) for _ in text.replies]
+    completions = iter(_completions(heads, replies, tokenizer))
+    encoded = []
+    for text, ids in zip(texts, prompts, strict=True):
         # A text that begins with BOS brings its own opening.
         whole = ids if text.templated or (ids and ids[0] == bos_id) else [*opening, *ids]
         if not whole and bos_id is not None:
             whole = [bos_id]
         end: Any = tokenizer.convert_tokens_to_ids([text.end])
-        (chosen, chosen_inexact), (rejected, rejected_inexact) = completions[2 * i : 2 * i + 2]
-        pairs.append(((whole, chosen + end, rejected + end), chosen_inexact or rejected_inexact))
-    return pairs
+        own = list(islice(completions, len(text.replies)))
+        encoded.append(((whole, [reply + end for reply, _ in own]), any(inexact for _, inexact in own)))
+    return encoded
 
 
-def _pair_text(
+def _row_text(
     row: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None,
     added_tokens: frozenset[str],
-) -> PairText:
-    parts = row["prompt"], row["chosen"], row["rejected"]
-    if all(isinstance(part, str) for part in parts):
-        return PairText(*parts, str(tokenizer.eos_token), templated=False)
-    if not all(isinstance(part, list) for part in parts):
+) -> RowText:
+    kind = kind_of_columns(row)
+    if kind is None:
         raise InputError(
-            "prompt, chosen and rejected are not all text and not all lists of messages",
+            f"the row is of no known kind, it has only: {', '.join(row)}",
             file=row.get("source"),
             field="prompt",
-            mend="Load the data with load_pairs, or write the three alike",
+        )
+    prompt, replies = row["prompt"], kind.parts(row)
+    if all(isinstance(part, str) for part in (prompt, *replies.values())):
+        return RowText(prompt, list(replies.values()), str(tokenizer.eos_token), templated=False)
+    if not all(isinstance(part, list) for part in (prompt, *replies.values())):
+        raise InputError(
+            f"{', '.join(('prompt', *kind.replies))} are not all text and not all lists of messages",
+            file=row.get("source"),
+            field="prompt",
+            mend="Load the data with load_pairs, or write them alike",
         )
     if tokenizer.chat_template is None and not (template_kwargs or {}).get("chat_template"):
         raise InputError(
             "the row holds messages, and the tokenizer has no chat template",
             file=row.get("source"),
             field="model.tokenizer",
-            mend="Use the tokenizer of a chat model, or give prompt, chosen and rejected as text",
+            mend="Use the tokenizer of a chat model, or give prompt and replies as text",
         )
-    return _render_pair(row, tokenizer, template_kwargs, added_tokens)
+    return _render(row, replies, tokenizer, template_kwargs, added_tokens)
 
 
 def _completions(
@@ -177,27 +200,27 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 @dataclass(frozen=True)
-class PairText:
-    """A pair as text.
+class RowText:
+    """A row as text.
 
-    `end` is the token, as text, that closes a reply; it is not part of `chosen` and `rejected`. `templated`:
-    the special tokens that open a prompt are in its text already.
+    `end` is the token, as text, that closes a reply; it is not part of the `replies`. `templated`: the
+    special tokens that open a prompt are in its text already.
     """
 
     prompt: str
-    chosen: str
-    rejected: str
+    replies: list[str]
     end: str
     templated: bool
 
 
-def _render_pair(
+def _render(
     row: Mapping[str, Any],
+    replies: Mapping[str, list[dict]],
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None,
     added_tokens: frozenset[str],
-) -> PairText:
-    """A row of messages -> `PairText`, by the tokenizer's chat template.
+) -> RowText:
+    """A row of messages and its replies by field -> `RowText`, by the tokenizer's chat template.
 
     The prompt is the template's text of the prompt with the generation prompt. A reply is what the template
     writes after that, given the whole conversation, up to its end-of-turn token (`end`). Where the
@@ -211,20 +234,20 @@ def _render_pair(
     chat = _Chat(row, tokenizer, dict(template_kwargs or {}))
     messages = row["prompt"]
     prompt = chat.render(messages, add_generation_prompt=True)
-    before, after = chat.around_reply(messages, prompt)
+    before, after = chat.around_reply(messages, prompt, replies)
     end = _first_token(after, added_tokens)
-    replies = []
-    for field in ("chosen", "rejected"):
-        content = _content(row, field)
-        whole = chat.render([*messages, *row[field]])
+    texts = []
+    for field, reply in replies.items():
+        content = _content(row, field, reply)
+        whole = chat.render([*messages, *reply])
         if whole.startswith(prompt) and content.strip() in whole[len(prompt) :]:
             text = whole[len(prompt) :]
         else:
             text = _join(prompt, before, content) + after
         if end is not None:
             text = _until_turn_end(text, after, end)
-        replies.append(text)
-    return PairText(prompt, replies[0], replies[1], end or str(tokenizer.eos_token), templated=True)
+        texts.append(text)
+    return RowText(prompt, texts, end or str(tokenizer.eos_token), templated=True)
 
 
 @dataclass(frozen=True)
@@ -254,23 +277,25 @@ class _Chat:
             ) from error
         return str(text)
 
-    def around_reply(self, messages: list[dict], prompt: str) -> tuple[str, str]:
+    def around_reply(
+        self, messages: list[dict], prompt: str, replies: Mapping[str, list[dict]]
+    ) -> tuple[str, str]:
         """What the template writes around any reply's content: between it and the prompt, and after it."""
-        role = self.row["chosen"][0]["role"] if self.row["chosen"] else "assistant"
+        field, first = next(iter(replies.items()))
+        role = first[0]["role"] if first else "assistant"
         text = self.render([*messages, {"role": role, "content": SENTINEL}])
         before, found, after = text.rpartition(SENTINEL)
         if not found:
             raise InputError(
                 f"the chat template does not write the content of a message of role '{role}'",
                 file=self.row.get("source"),
-                field="chosen",
+                field=field,
                 mend="Give the reply the role that the template knows, mostly 'assistant'",
             )
         return (before[len(prompt) :] if before.startswith(prompt) else ""), after
 
 
-def _content(row: Mapping[str, Any], field: str) -> str:
-    reply = row[field]
+def _content(row: Mapping[str, Any], field: str, reply: list[dict]) -> str:
     if len(reply) == 1 and isinstance(reply[0].get("content"), str):
         extra = [
             k for k, v in reply[0].items() if k not in ("role", "content") and v not in (None, "", [], {})

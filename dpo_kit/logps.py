@@ -14,7 +14,8 @@ from dpo_kit.errors import InputError
 from dpo_kit.evaluation import score_pairs
 from dpo_kit.models import check_length, load_model
 from dpo_kit.pairs import load_with_report
-from dpo_kit.tokenization import load_tokenizer, longest_sequence, tokenize_pairs
+from dpo_kit.tokenization import longest_sequence, tokenize_pairs
+from dpo_kit.tokenizer import load_tokenizer
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

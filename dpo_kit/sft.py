@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from dpo_kit.errors import InputError
 from dpo_kit.models import load_config, load_model
 from dpo_kit.recipe import Recipe, SftSection, make_training_config
-from dpo_kit.tokenization import train_byte_level_bpe
+from dpo_kit.tokenizer import train_byte_level_bpe
 from dpo_kit.trainer import PreferenceTrainer
 
 # One process computes in one precision: accelerate holds it for both stages.

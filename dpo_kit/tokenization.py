@@ -1,6 +1,6 @@
-"""Canonical pairs -> a data set of token ids, under a length policy; also loads and trains tokenizers.
+"""Canonical rows of any kind -> a data set of token ids, under a length policy.
 
-Says for every pair what was done with it, and keeps the result on disk. How one pair becomes ids is in
+Says for every row what was done with it, and keeps the result on disk. How one row becomes ids is in
 `encoding`. Does not load or check rows (`pairs`), and makes no batches (`packing`).
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,20 +22,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from dpo_kit.encoding import Pair, encode_pair, encode_rows, require_eos
+from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
-
-__all__ = [
-    "LengthPolicy",
-    "TokenizedPairs",
-    "encode_pair",
-    "load_tokenizer",
-    "tokenize_pairs",
-    "train_byte_level_bpe",
-]
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns
+from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
 
 # Part of the cache's key: raise it when the ids of the same rows change.
 FORMAT_VERSION = 1
@@ -44,22 +36,21 @@ OVERLONG = ("drop", "cut_prompt_left", "cut_completion_right")
 DROPPED = ("overlong", "prompt_too_long", "empty_prompt", "identical_after_tokenisation")
 CUT = ("cut_prompt", "cut_completion")
 
-INPUTS = ("prompt", "chosen", "rejected", "tools")
 CARRIED = ("source", "weight", "margin", "prompt_id")
 ROWS_PER_BATCH = 256
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
 class LengthPolicy:
-    """What becomes of a pair whose longer sequence, prompt + completion, has more than `max_length` tokens.
+    """What becomes of a row whose longest sequence, prompt + completion, has more than `max_length` tokens.
+
+    A row is kept or left out whole: no reply is taken out of a pair or a list.
 
     `drop`: it is left out.
-    `cut_prompt_left`: the prompt loses its beginning (but not its BOS) until the longer sequence fits, alike
-    for both; the pair is left out where no prompt token would stay.
-    `cut_completion_right`: each completion loses its end, and with it the end token; the pair is left out
-    where no completion token would stay.
+    `cut_prompt_left`: the prompt loses its beginning (but not its BOS) until the longest sequence fits, alike
+    for all; the row is left out where no prompt token would stay.
+    `cut_completion_right`: each completion that is too long loses its end, and with it the end token; the
+    row is left out where no completion token would stay.
     `max_length` None accepts every length. Raises `InputError` for an unknown name or a length below 2.
     """
 
@@ -81,34 +72,38 @@ class LengthPolicy:
                 mend="Set it to 2 or more, or to null for no limit",
             )
 
-    def apply(self, pair: Pair, bos_id: int | None = None) -> tuple[Pair | None, str]:
-        """-> the pair as it is kept (None: left out), and `kept` or one of `CUT` or `DROPPED`."""
-        prompt, chosen, rejected = pair
-        longest = max(len(chosen), len(rejected))
+    def apply(self, ids: Ids, bos_id: int | None = None) -> tuple[Ids | None, str]:
+        """-> the row's ids as they are kept (None: left out), and `kept` or one of `CUT` or `DROPPED`."""
+        prompt, replies = ids
+        longest = max(map(len, replies))
         if self.max_length is None or len(prompt) + longest <= self.max_length:
-            return pair, "kept"
+            return ids, "kept"
         if self.overlong == "cut_prompt_left":
             opening = prompt[:1] if prompt[:1] == [bos_id] else []
             room = self.max_length - longest - len(opening)
             if room > 0:
-                return ([*opening, *prompt[-room:]], chosen, rejected), "cut_prompt"
+                return ([*opening, *prompt[-room:]], replies), "cut_prompt"
         if self.overlong == "cut_completion_right":
             room = self.max_length - len(prompt)
             if room > 0:
-                return (prompt, chosen[:room], rejected[:room]), "cut_completion"
+                return (prompt, [reply[:room] for reply in replies]), "cut_completion"
             return None, "prompt_too_long"
         return None, "overlong"
 
 
 @dataclass
 class TokenizedPairs:
-    """Pairs as ids, and what was done to get there.
+    """Rows as ids, and what was done to get there.
 
-    dataset: columns `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int32), `index` (int64, the row's
-        number in the input, from 0) and those of `CARRIED` that the input has; in the order of the input.
+    dataset: in the order of the input; columns `index` (int64, the row's number in the input, from 0), those
+        of `CARRIED` that the input has, and (lists of int32)
+        of pairs `prompt_ids`, `chosen_ids`, `rejected_ids`;
+        of unpaired rows `prompt_ids`, `completion_ids`, and `label` (bool);
+        of ranked lists `prompt_ids`, `completions_ids` (a list of them), and `scores` (list of float64).
     counts: `rows`, `kept`, `dropped_<kind>` for each kind in `DROPPED`; among the kept, `cut_prompt`,
         `cut_completion`, and `inexact_border`: a token lies across the border of prompt and completion, and
-        no ids of the completion alone give its text back there.
+        no ids of the completion alone give its text back there. A list is `identical_after_tokenisation`
+        where it has fewer than two different completions left.
     places: for each of these but `rows` and `kept` that is not 0, the `source` of its first five rows.
     """
 
@@ -118,9 +113,10 @@ class TokenizedPairs:
 
     def account(self) -> list[str]:
         """A line for everything that was left out or cut: what, how often, and where first."""
+        rows = next(k.rows for k in KINDS_OF_ROWS if f"{k.replies[0]}_ids" in self.dataset.column_names)
         happened = {kind: n for kind, n in self.counts.items() if n and kind not in ("rows", "kept")}
         return [
-            f"{kind}: {n} of {self.counts['rows']} pairs ({', '.join(self.places.get(kind, []))}"
+            f"{kind}: {n} of {self.counts['rows']} {rows} ({', '.join(self.places.get(kind, []))}"
             f"{', ...' * (n > 5)})"
             for kind, n in happened.items()
         ]
@@ -136,28 +132,34 @@ def tokenize_pairs(
     num_proc: int | None = None,
     cache_dir: str | Path | None = None,
 ) -> TokenizedPairs:
-    """Canonical pairs -> `TokenizedPairs`, from the cache where the same was done before.
+    """Canonical rows of one kind -> `TokenizedPairs`, from the cache where the same was done before.
 
     The cache is `<cache_dir>/tokens` (default: $DPO_KIT_CACHE, or ~/.cache/dpo_kit). Without `num_proc` a
     fast tokenizer uses all cores by threads; `num_proc` processes help where a chat template takes the
     time. The ids depend on neither.
 
-    Raises `InputError` where the tokenizer has no EOS, or no chat template for a row of messages; where a
-    template refuses a row; and where no pair is left.
+    Raises `InputError` where the columns are of no kind of canonical rows; where the tokenizer has no EOS, or
+    no chat template for a row of messages; where a template refuses a row; for labels and scores that
+    `load_pairs` would refuse; and where no row is left.
     """
     policy = LengthPolicy(max_length, overlong)
     require_eos(tokenizer)
     if len(dataset) == 0:
         raise InputError(
-            "there is no pair in the data", field="data.train", mend="Give a source that has rows"
+            "there is no row in the data", field="data.train", mend="Give a source that has rows"
         )
-    columns = [name for name in (*INPUTS, *CARRIED) if name in dataset.column_names]
+    kind = kind_of_columns(dataset.column_names)
+    if kind is None:
+        raise InputError(
+            f"the data set has none of the known sets of columns, only: {', '.join(dataset.column_names)}",
+            field="data.train",
+            mend="Load it with load_pairs, which makes one of: "
+            + "; ".join(", ".join(known.columns) for known in KINDS_OF_ROWS),
+        )
+    columns = [name for name in (*kind.columns, "tools", *CARRIED) if name in dataset.column_names]
     rows = dataset.with_format(None).select_columns(columns)
     template_kwargs = dict(chat_template_kwargs or {})
     key = _cache_key(rows, tokenizer, policy, template_kwargs)
-    carried = {name: rows.features[name] for name in columns if name in CARRIED}
-    ids = datasets.List(datasets.Value("int32"))
-    outcome = {"index": "int64", "outcome": "string", "length": "int64", "inexact": "bool"}
     mapped = _map_cached(
         rows,
         _tokens_folder(cache_dir) / f"{key}.arrow",
@@ -165,135 +167,98 @@ def tokenize_pairs(
         batched=True,
         batch_size=ROWS_PER_BATCH,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "policy": policy, "template_kwargs": template_kwargs},
-        remove_columns=[name for name in columns if name in INPUTS],
-        features=datasets.Features(
-            {
-                **{f"{part}_ids": ids for part in ("prompt", "chosen", "rejected")},
-                **{name: datasets.Value(dtype) for name, dtype in outcome.items()},
-                **carried,
-            }
-        ),
+        fn_kwargs={
+            "kind": kind,
+            "tokenizer": tokenizer,
+            "policy": policy,
+            "template_kwargs": template_kwargs,
+        },
+        remove_columns=[name for name in columns if name not in CARRIED],
+        features=_mapped_features(kind, {name: rows.features[name] for name in columns if name in CARRIED}),
         new_fingerprint=key,
-        desc="Tokenising pairs",
+        desc=f"Tokenising {kind.rows}",
     )
     return _gather(mapped, policy)
 
 
+def _mapped_features(kind: Kind, carried: dict[str, Any]) -> datasets.Features:
+    """The columns that `_tokenize_batch` gives beside those it leaves as they are."""
+    ids = datasets.List(datasets.Value("int32"))
+    replies = {f"{name}_ids": datasets.List(ids) if kind == LISTS else ids for name in kind.replies}
+    outcome = {"index": "int64", "outcome": "string", "length": "int64", "inexact": "bool"}
+    judgements = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
+    return datasets.Features(
+        {
+            "prompt_ids": ids,
+            **replies,
+            **{name: datasets.Value(dtype) for name, dtype in outcome.items()},
+            **({kind.judgement: judgements[kind.judgement]} if kind.judgement else {}),
+            **carried,
+        }
+    )
+
+
 def longest_sequence(dataset: datasets.Dataset) -> tuple[int, int]:
-    """Tokens of the longest sequence of a tokenised data set, and the number of its row."""
-    table = dataset.with_format("arrow").select_columns(
-        [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
-    )[:]
-    lengths = [pa.compute.list_value_length(column).to_numpy() for column in table.columns]
+    """Tokens of the longest sequence of a tokenised data set of any kind, and the number of its row."""
+    replies = [f"{name}_ids" for kind in KINDS_OF_ROWS for name in kind.replies]
+    names = [name for name in ("prompt_ids", *replies) if name in dataset.column_names]
+    table = dataset.with_format("arrow").select_columns(names)[:]
+    lengths = [_longest_of_each(column) for column in table.columns]
     total = lengths[0] + np.max(lengths[1:], axis=0)
     row = int(total.argmax())
     return int(total[row]), row
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or hub repository; runs no code from there.
-
-    A folder with nothing but `vocab.json` and `merges.txt` is taken for GPT-2's. Raises `InputError` where
-    there is no tokenizer.
-    """
-    folder, field = Path(path).expanduser(), "model.tokenizer"
-    mend = f"Set {field} (or model.path) to a folder with a tokenizer, or to a model's name on the hub"
-    if not folder.is_dir() and (str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1):
-        raise InputError("there is no such folder", file=path, field=field, mend=mend)
-    if folder.is_dir() and not any(entry for glob in TOKENIZER_FILES for entry in folder.glob(glob)):
-        raise InputError("the folder has no tokenizer", file=path, field=field, mend=mend)
-    source = folder if folder.is_dir() else str(path)
-    try:
-        if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"vocab.json", "merges.txt"}:
-            return GPT2Tokenizer.from_pretrained(source)
-        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
-        return _as_saved(folder, loaded) if folder.is_dir() else loaded
-    except Exception as error:  # OSError, ValueError, KeyError; and the tokenizers library raises a bare one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = f"the tokenizer cannot be loaded: {reason}"
-        raise InputError(problem, file=path, field=field, mend=mend) from error
-
-
-def _as_saved(folder: Path, loaded: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that the folder's tokenizer.json describes.
-
-    For some model types (Qwen2) AutoTokenizer puts the family's own class, with its own way of splitting, in
-    the place of the class that the folder names, and other ids come out than the ones it was saved with.
-    """
-    names, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-    if not (names.is_file() and file.is_file() and loaded.is_fast):
-        return loaded
-    named = str(json.loads(names.read_text(encoding="utf-8")).get("tokenizer_class", ""))
-    if named.removesuffix("Fast") in ("", type(loaded).__name__.removesuffix("Fast")):
-        return loaded
-    saved, used = (
-        json.loads(text) for text in (file.read_text(encoding="utf-8"), loaded.backend_tokenizer.to_str())
-    )
-    if all(saved.get(part) == used.get(part) for part in ("normalizer", "pre_tokenizer")):
-        return loaded
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def train_byte_level_bpe(
-    texts: Iterable[str], vocab_size: int, eos_token: str = "<|endoftext|>"
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2's (Radford et al. 2019), learned from the texts.
-
-    Id 0 is `eos_token`, which is BOS as well, id 1 the padding token `<|pad|>`. Adds no special token by
-    itself; the same texts give the same vocabulary. Raises `InputError` for a vocabulary smaller than the
-    bytes, warns (`DpoKitWarning`) where the texts have too few different words to fill it.
-    """
-    special = [eos_token, "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(special):
-        raise InputError(
-            f"{vocab_size} tokens cannot hold the {len(alphabet)} bytes and {len(special)} special tokens",
-            field="vocab_size",
-            mend=f"Set it to {len(alphabet) + len(special)} or more",
-        )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    if (size := backend.get_vocab_size()) < vocab_size:
-        warnings.warn(
-            f"the texts fill a vocabulary of {size} only, not {vocab_size}", DpoKitWarning, stacklevel=2
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=eos_token,
-        eos_token=eos_token,
-        pad_token=special[1],
-        clean_up_tokenization_spaces=False,
-    )
+def _longest_of_each(column: pa.ChunkedArray) -> np.ndarray:
+    """[N] length of each row's list; of a list of lists, that of the longest of them."""
+    if not pa.types.is_list(column.type.value_type):
+        return pa.compute.list_value_length(column).to_numpy()
+    longest = []
+    for chunk in column.chunks:
+        bounds = chunk.offsets.to_numpy()
+        lengths = pa.compute.list_value_length(chunk.flatten()).to_numpy()
+        longest.append(np.maximum.reduceat(lengths, bounds[:-1] - bounds[0]))
+    return np.concatenate(longest)
 
 
 def _tokenize_batch(
     batch: Mapping[str, list],
     indices: list[int],
+    kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     policy: LengthPolicy,
     template_kwargs: dict[str, Any],
 ) -> dict[str, list]:
-    """What `datasets.map` calls: a row for each input row, with no ids where the pair is left out."""
+    """What `datasets.map` calls: a row for each input row, with no ids where the row is left out."""
     inputs = [batch[name] for name in batch]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*inputs, strict=True)]
+    judgements = {kind.judgement: [_judgement(row, kind) for row in rows]} if kind.judgement else {}
+    replies_ids = [f"{name}_ids" for name in kind.replies]
     columns: dict[str, list] = {
-        name: [] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "outcome", "length", "inexact")
+        name: [] for name in ("prompt_ids", *replies_ids, "outcome", "length", "inexact")
     }
-    for pair, inexact in encode_rows(rows, tokenizer, template_kwargs):
-        prompt, chosen, rejected = pair
-        length = len(prompt) + max(len(chosen), len(rejected))
-        kept, outcome = policy.apply(pair, tokenizer.bos_token_id) if prompt else (None, "empty_prompt")
-        if kept is not None and kept[1] == kept[2]:
+    for ids, inexact in encode_replies(rows, tokenizer, template_kwargs):
+        length = len(ids[0]) + max(map(len, ids[1]))
+        kept, outcome = policy.apply(ids, tokenizer.bos_token_id) if ids[0] else (None, "empty_prompt")
+        if kept is not None and kind != UNPAIRED and all(reply == kept[1][0] for reply in kept[1]):
             kept, outcome = None, "identical_after_tokenisation"
-        for name, value in zip(columns, (*(kept or ([], [], [])), outcome, length, inexact), strict=True):
+        prompt, replies = kept or ([], [[] for _ in replies_ids] if kind != LISTS else [])
+        values = (prompt, *([replies] if kind == LISTS else replies), outcome, length, inexact)
+        for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
-    return {**columns, "index": indices}
+    return {**columns, **judgements, "index": indices}
+
+
+def _judgement(row: Mapping[str, Any], kind: Kind) -> bool | list[float]:
+    """The row's label or scores, checked as `load_pairs` does: a data set may be made without it."""
+    try:
+        if kind == UNPAIRED:
+            return checked_label(row["label"])
+        if len(row["completions"]) < 2:
+            raise BadRow("a list needs two completions or more", field="completions")
+        return checked_scores(row, len(row["completions"]))
+    except BadRow as bad:
+        raise InputError(bad.message, file=row.get("source"), field=bad.field, mend=bad.mend) from bad
 
 
 def _map_cached(rows: datasets.Dataset, file: Path, num_proc: int | None, **options: Any) -> datasets.Dataset:
@@ -401,11 +366,9 @@ def _nothing_left(counts: dict[str, int], lengths: list[int], policy: LengthPoli
     reasons = ", ".join(
         f"{count} {kind}" for kind, count in counts.items() if kind.startswith("dropped_") and count
     )
-    problem = f"no pair is left of {counts['rows']} ({reasons})"
+    problem = f"no row is left of {counts['rows']} ({reasons})"
     if not (counts["dropped_overlong"] or counts["dropped_prompt_too_long"]):
-        return InputError(
-            problem, field="data.train", mend="Use pairs with a prompt and two different replies"
-        )
+        return InputError(problem, field="data.train", mend="Use rows with a prompt and different replies")
     return InputError(
         f"{problem}; the longest has {max(lengths)} tokens, the median {median(lengths):.0f}, "
         f"and data.max_length is {policy.max_length}",

@@ -17,7 +17,8 @@ from dpo_kit.models import load_model
 from dpo_kit.pairs import load_pairs
 from dpo_kit.recipe import Recipe
 from dpo_kit.roofline import count_work
-from dpo_kit.tokenization import load_tokenizer, tokenize_pairs, train_byte_level_bpe
+from dpo_kit.tokenization import tokenize_pairs
+from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 from dpo_kit.trainer import PreferenceTrainer
 
 

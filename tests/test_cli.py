@@ -16,7 +16,8 @@ from dpo_kit.cli import main
 from dpo_kit.examples import PairTokens
 from dpo_kit.pairs import load_pairs
 from dpo_kit.scoring import full_logit_logprobs
-from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe
+from dpo_kit.tokenization import tokenize_pairs
+from dpo_kit.tokenizer import train_byte_level_bpe
 
 TEXTS = ["the film was good", "the film was bad", "a very good film", "a very bad film", "it was fine"]
 ROWS = [
@@ -153,7 +154,7 @@ def test_logps_equal_full_logits(tmp_path, model_folder):
         "source", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens",
     ]  # fmt: skip
     from dpo_kit.models import load_model
-    from dpo_kit.tokenization import load_tokenizer
+    from dpo_kit.tokenizer import load_tokenizer
 
     data = tokenize_pairs(load_pairs(pairs), load_tokenizer(model_folder)).dataset
     model = load_model(model_folder, torch.float64).eval()

@@ -13,21 +13,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dpo_kit.dealing import PromptGroups, TokenRows, deal, prompt_groups
+from dpo_kit.dealing import PromptGroups, TokenRows, deal, mismatched_partners, prompt_groups
+from dpo_kit.errors import InputError
 from dpo_kit.examples import PairTokens
 from dpo_kit.packing import plan_step
 
 group_numbers = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.array)
 
 
-def make_dataset(count=30, prompts=7):
+def make_dataset(count=30, prompts=7, kind="pairs"):
     random = np.random.default_rng(0)
     known = [random.integers(0, 90, random.integers(1, 9)).tolist() for _ in range(prompts)]
+
+    def reply(length):
+        return random.integers(0, 90, length).tolist()
+
+    def judged(i):
+        if kind == "pairs":
+            return {"chosen_ids": reply(1 + i % 4), "rejected_ids": reply(1 + i % 3), "margin": i / 4}
+        if kind == "unpaired":
+            return {"completion_ids": reply(1 + i % 4), "label": i % 3 == 0}
+        many = 2 + i % 4
+        return {
+            "completions_ids": [reply(1 + j) for j in range(many)],
+            "scores": [i / 7 - j for j in range(many)],
+        }
+
     rows = [
         {
             "prompt_ids": known[i % prompts],
-            "chosen_ids": random.integers(0, 90, 1 + i % 4).tolist(),
-            "rejected_ids": random.integers(0, 90, 1 + i % 3).tolist(),
+            **judged(i),
             "weight": None if i % 5 == 0 else i / 2,
             "source": f"file:{i}",
         }
@@ -37,19 +52,95 @@ def make_dataset(count=30, prompts=7):
     return concatenate_datasets([Dataset.from_list(rows[i : i + 8]) for i in range(0, count, 8)])
 
 
-@pytest.mark.parametrize("choose", ["all", "slice", "shuffle"])
-def test_rows_are_those_of_the_data_set(choose):
-    dataset = make_dataset()
-    if choose != "all":
-        dataset = dataset.select(range(5, 27)) if choose == "slice" else dataset.shuffle(seed=1)
+def plain(value):
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def chosen_part(dataset, choose):
+    if choose == "sliced table":
+        return Dataset(dataset.data.table.slice(5, 22))
+    if choose == "slice":
+        return dataset.select(range(5, 27))
+    return dataset.shuffle(seed=1) if choose == "shuffle" else dataset
+
+
+CHOICES = ["all", "slice", "shuffle", "sliced table"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "lists"])
+@pytest.mark.parametrize("choose", CHOICES)
+def test_rows_are_those_of_the_data_set(choose, kind):
+    dataset = chosen_part(make_dataset(kind=kind), choose)
     for rows in (TokenRows(dataset), pickle.loads(pickle.dumps(TokenRows(dataset)))):
         asked = [3, len(dataset) - 1, 0, 3]
-        found = [
-            {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
-            for row in rows.__getitems__(asked)
-        ]
+        found = [{name: plain(value) for name, value in row.items()} for row in rows.__getitems__(asked)]
         assert found == [dataset[i] for i in asked]
         assert len(rows) == len(dataset)
+
+
+def test_ids_are_views():
+    rows = TokenRows(make_dataset(kind="lists"))
+    for one, other in zip(rows[9]["completions_ids"], rows[9]["completions_ids"], strict=True):
+        assert not one.flags.owndata
+        assert np.shares_memory(one, other)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "lists"])
+@pytest.mark.parametrize("choose", CHOICES)
+def test_a_partner_is_the_replies_of_a_row_with_another_prompt(choose, kind):
+    dataset = chosen_part(make_dataset(kind=kind), choose)
+    partners = mismatched_partners(dataset)
+    rows = TokenRows(dataset, partners)
+    replies = {"pairs": ["chosen_ids", "rejected_ids"], "unpaired": ["completion_ids"]}.get(kind)
+    for copy in (rows, pickle.loads(pickle.dumps(rows))):
+        for i, row in enumerate(copy.__getitems__(range(len(dataset)))):
+            other = dataset[int(partners[i])]
+            assert other["prompt_ids"] != row["prompt_ids"].tolist()
+            expected = other["completions_ids"] if replies is None else [other[name] for name in replies]
+            assert plain(row.pop("partner")) == expected
+            assert {name: plain(value) for name, value in row.items()} == dataset[i]
+    one_by_one = [batch[0]["partner"] for batch in DataLoader(rows, batch_size=1, collate_fn=list)]
+    at_once = [row["partner"] for row in next(iter(DataLoader(rows, batch_size=99, collate_fn=list)))]
+    assert plain(one_by_one) == plain(at_once)
+
+
+def of_prompts(numbers):
+    return Dataset.from_dict(
+        {"prompt_ids": [[n, 1] for n in numbers], "completion_ids": [[7]] * len(numbers)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "partners"),
+    [
+        ([0, 1], [1, 0]),
+        ([0, 1, 2], [1, 2, 0]),
+        ([0, 0, 0, 1], [3, 3, 3, 0]),
+        ([0, 1, 1, 0], [1, 3, 3, 1]),  # the last row's cyclic successor has its own prompt
+        ([0, 1, 0, 0, 0], [1, 2, 1, 1, 1]),
+    ],
+)
+def test_partners_by_hand(numbers, partners):
+    assert mismatched_partners(of_prompts(numbers)).tolist() == partners
+
+
+@given(group_numbers)
+def test_a_partner_is_the_next_row_with_another_prompt(groups):
+    dataset = of_prompts(groups.tolist())
+    if len(set(groups.tolist())) == 1:
+        with pytest.raises(InputError, match=r"field 'data\.train'.*the same prompt"):
+            mismatched_partners(dataset)
+        return
+    for i, partner in enumerate(mismatched_partners(dataset).tolist()):
+        following = [(i + step) % len(groups) for step in range(1, len(groups))]
+        assert partner == next(j for j in following if groups[j] != groups[i])
+
+
+def test_partners_must_be_as_many_as_the_rows():
+    with pytest.raises(ValueError, match="3 partners for 2 rows"):
+        TokenRows(of_prompts([0, 1]), np.array([1, 0, 0]))
 
 
 @given(group_numbers, st.integers(1, 9), st.integers(0, 3))
@@ -92,8 +183,10 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 4
 
 
-def test_prompts_are_told_apart_by_their_ids():
-    dataset = make_dataset(count=30, prompts=7)
+@pytest.mark.parametrize("kind", ["pairs", "unpaired", "lists"])
+def test_prompts_are_told_apart_by_their_ids(kind):
+    dataset = make_dataset(count=30, prompts=7, kind=kind)
+    assert sorted(PromptGroups(dataset, batch_size=4, seed=0)) == list(range(30))
     assert prompt_groups(dataset).tolist() == [i % 7 for i in range(30)]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_kit.encoding import encode_pair, encode_rows
 from dpo_kit.errors import InputError
-from dpo_kit.tokenization import load_tokenizer, train_byte_level_bpe
+from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 
 GPT2 = Path(__file__).parents[2] / "shared" / "data" / "gpt2-tokenizer"
 LETTERS = " \nabcdeghilmnoprstuyAHPQ:.,?<>/"

@@ -8,7 +8,7 @@ from families import make_model
 
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Sample, load_prompts, load_reward, sample_replies, sequence_kl
-from dpo_kit.tokenization import train_byte_level_bpe
+from dpo_kit.tokenizer import train_byte_level_bpe
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
+from dpo_kit.pairs.canonical import canonical_pair
 from dpo_kit.pairs.formats import ASSISTANT, FORMATS, HUMAN, split_hh
-from dpo_kit.pairs.schema import Place, canonical_pair
+from dpo_kit.pairs.schema import Place
 
 TEXT_ROW = {"prompt": "Name a city.", "chosen": " Paris", "rejected": " London"}
 ASK = [{"role": "user", "content": "Name a city."}]

@@ -118,6 +118,15 @@ GOOD_ROWS = {
     "implicit_prompt": [{side: ASK + MESSAGE_ROW[side] for side in ("chosen", "rejected")}],
     "hh": [HH],
     "sharegpt": [SHAREGPT, {**SHAREGPT, "chosen": {"from": "gpt", "value": "a"}, "system": "Be brief."}],
+    "unpaired": [
+        {"prompt": "Name a city.", "completion": " Paris", "label": True},
+        {"prompt": ASK, "completion": ASK + MESSAGE_ROW["chosen"], "label": 0},
+    ],
+    "unpaired_messages": [{"messages": ASK + MESSAGE_ROW["chosen"], "label": False}],
+    "ranked": [
+        {"prompt": "Name a city.", "completions": [" Paris", " London", " Paris"], "scores": [1, 0.5, -1]},
+        {"prompt": ASK, "completions": [MESSAGE_ROW["chosen"], LONDON], "ranks": [2, 1]},
+    ],
 }
 JSON_VALUES = st.sampled_from([None, True, 0, 1.5, "", " ", "a", [], {}, "user", "assistant", "gpt", "human"])
 JSON_VALUES = st.text(max_size=3) | st.lists(JSON_VALUES, max_size=2) | JSON_VALUES
@@ -153,15 +162,16 @@ def damaged_rows(draw: st.DrawFn) -> tuple[str, dict]:
 def test_damaged_rows_are_loaded_right_or_refused(damaged: tuple[str, dict]) -> None:
     name, row = damaged
     try:
-        pair = FORMATS[name].pair(row)
+        loaded = FORMATS[name].canonical(row)
     except (BadRow, UnusablePair):
         return
     event(f"loaded {name}")
-    prompt, chosen, rejected = pair["prompt"], pair["chosen"], pair["rejected"]
-    assert type(prompt) is type(chosen) is type(rejected)
-    assert chosen != rejected
-    for side, reply in (("chosen", chosen), ("rejected", rejected)):
-        told, text = row[side], reply if isinstance(reply, str) else reply[0]["content"]
+    replies = FORMATS[name].kind.parts(loaded)
+    assert len({type(part) for part in (loaded["prompt"], *replies.values())}) == 1
+    check_judgement(FORMATS[name].kind.name, loaded, row)
+    for place, reply in replies.items():
+        told = told_reply(name, row, place)
+        text = reply if isinstance(reply, str) else reply[0]["content"]
         assert text.strip()
         if isinstance(reply, list):
             assert reply == [{"role": "assistant", "content": text}]
@@ -169,4 +179,25 @@ def test_damaged_rows_are_loaded_right_or_refused(damaged: tuple[str, dict]) -> 
             told = told[-1]
         if isinstance(told, dict):
             told = told["value"] if "value" in told else told["content"]
-        assert told == (prompt + text if name == "hh" else text)
+        assert told == (loaded["prompt"] + text if name == "hh" else text)
+
+
+def told_reply(name: str, row: dict, place: str) -> Any:
+    """What the row itself has where the loaded one has this reply."""
+    if name == "unpaired_messages":
+        return row["messages"]
+    return row["completions"][int(place[12:-1])] if name == "ranked" else row[place]
+
+
+def check_judgement(kind: str, loaded: dict, row: dict) -> None:
+    if kind == "pairs":
+        assert loaded["chosen"] != loaded["rejected"]
+    elif kind == "unpaired":
+        assert type(loaded["label"]) is bool
+        assert loaded["label"] == row["label"]
+    else:
+        scores = row.get("scores") or [-rank for rank in row["ranks"]]
+        assert loaded["scores"] == scores
+        assert len(scores) == len(loaded["completions"]) >= 2
+        assert len(set(scores)) > 1
+        assert len({str(reply) for reply in loaded["completions"]}) > 1

@@ -76,9 +76,20 @@ def test_chinese_sharegpt_with_replies_as_text() -> None:
         assert [m["content"] for m in pair["prompt"]] == [turn["value"] for turn in row["conversations"]]
 
 
-@pytest.mark.parametrize(
-    "name", ["llama-factory/kto_en_demo.json", "oasst/en_100_tree.jsonl", "gpt2-tokenizer/vocab.json"]
-)
+def test_labelled_conversations() -> None:
+    file = DATA / "llama-factory" / "kto_en_demo.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    data = load_pairs(file)
+    assert len(rows) == data.num_rows == 300
+    assert data.column_names == ["prompt", "completion", "label", "source"]
+    for row, loaded in zip(rows, data, strict=True):
+        assert loaded["prompt"] + loaded["completion"] == row["messages"]
+        assert len(loaded["completion"]) == 1
+        assert loaded["label"] is row["label"]
+    assert sum(data["label"][:]) == 150
+
+
+@pytest.mark.parametrize("name", ["oasst/en_100_tree.jsonl", "gpt2-tokenizer/vocab.json"])
 def test_files_of_other_shapes_are_refused_with_their_columns(name: str) -> None:
     with pytest.raises(InputError, match="no known format has these columns"):
         read_pairs(DATA / name)

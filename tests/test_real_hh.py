@@ -13,7 +13,8 @@ from dpo_kit.config import PreferenceConfig
 from dpo_kit.examples import PairTokens
 from dpo_kit.pairs import load_pairs
 from dpo_kit.scoring import full_logit_logprobs
-from dpo_kit.tokenization import tokenize_pairs, train_byte_level_bpe
+from dpo_kit.tokenization import tokenize_pairs
+from dpo_kit.tokenizer import train_byte_level_bpe
 from dpo_kit.trainer import PreferenceTrainer
 
 HH = Path(__file__).parents[2] / "shared/data/hh-rlhf/harmless-base/test.jsonl.gz"

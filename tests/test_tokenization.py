@@ -17,15 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_kit import tokenization
+from dpo_kit.encoding import encode_pair
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.tokenization import (
-    LengthPolicy,
-    TokenizedPairs,
-    encode_pair,
-    load_tokenizer,
-    tokenize_pairs,
-    train_byte_level_bpe,
-)
+from dpo_kit.tokenization import LengthPolicy, TokenizedPairs, tokenize_pairs
+from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CHATML = (
@@ -80,43 +75,50 @@ def ids(result: TokenizedPairs) -> list[tuple]:
 @pytest.mark.parametrize(
     ("overlong", "max_length", "kept", "outcome"),
     [
-        ("drop", 7, ([9, 1, 2, 3], [4, 5, 6], [7]), "kept"),
+        ("drop", 7, ([9, 1, 2, 3], [[4, 5, 6], [7]]), "kept"),
         ("drop", 6, None, "overlong"),
-        ("cut_prompt_left", 6, ([9, 2, 3], [4, 5, 6], [7]), "cut_prompt"),
-        ("cut_prompt_left", 5, ([9, 3], [4, 5, 6], [7]), "cut_prompt"),
+        ("cut_prompt_left", 6, ([9, 2, 3], [[4, 5, 6], [7]]), "cut_prompt"),
+        ("cut_prompt_left", 5, ([9, 3], [[4, 5, 6], [7]]), "cut_prompt"),
         ("cut_prompt_left", 4, None, "overlong"),
-        ("cut_completion_right", 6, ([9, 1, 2, 3], [4, 5], [7]), "cut_completion"),
-        ("cut_completion_right", 5, ([9, 1, 2, 3], [4], [7]), "cut_completion"),
+        ("cut_completion_right", 6, ([9, 1, 2, 3], [[4, 5], [7]]), "cut_completion"),
+        ("cut_completion_right", 5, ([9, 1, 2, 3], [[4], [7]]), "cut_completion"),
         ("cut_completion_right", 4, None, "prompt_too_long"),
     ],
 )
 def test_length_policy(overlong: str, max_length: int, kept: tuple | None, outcome: str) -> None:
-    pair = ([9, 1, 2, 3], [4, 5, 6], [7])
-    assert LengthPolicy(max_length, overlong).apply(pair, bos_id=9) == (kept, outcome)
+    row = ([9, 1, 2, 3], [[4, 5, 6], [7]])
+    assert LengthPolicy(max_length, overlong).apply(row, bos_id=9) == (kept, outcome)
 
 
 def test_without_bos_the_prompt_may_be_cut_to_one_token() -> None:
     policy = LengthPolicy(4, "cut_prompt_left")
-    assert policy.apply(([1, 2, 3], [4, 5, 6], [7])) == (([3], [4, 5, 6], [7]), "cut_prompt")
+    assert policy.apply(([1, 2, 3], [[4, 5, 6], [7]])) == (([3], [[4, 5, 6], [7]]), "cut_prompt")
 
 
 TOKENS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 
 
-@given(st.tuples(TOKENS, TOKENS, TOKENS), st.integers(2, 16), st.sampled_from(tokenization.OVERLONG))
-def test_what_is_kept_fits_and_is_never_empty(pair: tuple, max_length: int, overlong: str) -> None:
-    kept, outcome = LengthPolicy(max_length, overlong).apply(pair, bos_id=1)
-    fits = max(len(pair[0]) + len(reply) for reply in pair[1:]) <= max_length
+@given(
+    TOKENS,
+    st.lists(TOKENS, min_size=1, max_size=4),
+    st.integers(2, 16),
+    st.sampled_from(tokenization.OVERLONG),
+)
+def test_what_is_kept_fits_and_is_never_empty(
+    prompt: list, replies: list, max_length: int, overlong: str
+) -> None:
+    result, outcome = LengthPolicy(max_length, overlong).apply((prompt, replies), bos_id=1)
+    fits = len(prompt) + max(map(len, replies)) <= max_length
     assert (outcome == "kept") == fits
-    if kept is None:
+    if result is None:
         return
-    prompt, *replies = kept
-    assert prompt
-    assert pair[0][0] != 1 or prompt[0] == 1
-    for reply, whole in zip(replies, pair[1:], strict=True):
-        assert 0 < len(reply) <= max_length - len(prompt)
+    kept, kept_replies = result
+    assert kept
+    assert prompt[0] != 1 or kept[0] == 1
+    for reply, whole in zip(kept_replies, replies, strict=True):
+        assert 0 < len(reply) <= max_length - len(kept)
         assert reply == whole[: len(reply)]
-    assert fits or max(len(prompt) + len(reply) for reply in replies) == max_length
+    assert fits or len(kept) + max(map(len, kept_replies)) == max_length
 
 
 def test_policy_errors() -> None:
@@ -170,9 +172,9 @@ def test_nothing_left_is_an_error_with_the_lengths(tokenizer: CountingTokenizer)
         InputError, match=r"longest has 20 tokens, the median 10.*Raise data\.max_length, to 20"
     ):
         tokenize_pairs(data, tokenizer, max_length=5)
-    with pytest.raises(InputError, match=r"no pair is left of 1 \(1 dropped_identical"):
+    with pytest.raises(InputError, match=r"no row is left of 1 \(1 dropped_identical"):
         tokenize_pairs(pairs(("ab", "yes", "yes")), tokenizer)
-    with pytest.raises(InputError, match="there is no pair"):
+    with pytest.raises(InputError, match="there is no row"):
         tokenize_pairs(data.select([]), tokenizer)
 
 
@@ -234,15 +236,15 @@ def test_an_interrupted_write_is_not_taken(
     tokenizer: CountingTokenizer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
-    encode_rows = tokenization.encode_rows
+    encode_replies = tokenization.encode_replies
 
     def interrupted(*args):
         batches.append(sorted(file.name for file in cache.iterdir()))
         if len(batches) == 4:
             raise KeyboardInterrupt
-        return encode_rows(*args)
+        return encode_replies(*args)
 
-    monkeypatch.setattr(tokenization, "encode_rows", interrupted)
+    monkeypatch.setattr(tokenization, "encode_replies", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize_pairs(many(), tokenizer)
     # What a kill would have left behind has not the name that the next run looks for.

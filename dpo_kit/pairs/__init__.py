@@ -1,8 +1,8 @@
-"""Preference pairs: from any known shape on disk to canonical rows, every row accounted for.
+"""Preference data: from any known shape on disk to canonical rows, every row accounted for.
 
-`sources` finds the files, `reading` reads their rows, `formats` adapts each on-disk shape, `schema` checks
-every pair, `loading` and `inspection` put them together, `tally` holds the account. A SOURCE and what comes
-out are described at `load_pairs`.
+`sources` finds the files, `reading` reads their rows, `formats` adapts each on-disk shape, `canonical` and
+`schema` check every row of each of the `kinds`, `loading` and `inspection` put them together, `tally` holds
+the account. A SOURCE and what comes out are described at `load_pairs`.
 """
 
 from dpo_kit.pairs.formats import register_format

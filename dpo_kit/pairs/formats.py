@@ -1,7 +1,8 @@
 """The shapes that preference data has on disk: one small adapter each, in a registry.
 
-An adapter says what a row lacks to be of its shape, and turns such a row into one of the two canonical
-shapes. It does not check the result: `schema.canonical_pair` does that for every adapter alike.
+An adapter says what a row lacks to be of its shape, and turns such a row into a canonical one of its kind
+(pair, unpaired, ranked list). It does not check the result: `canonical.canonical_row` does that for every
+adapter alike.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.canonical import canonical_row
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, PAIRS, UNPAIRED, Kind
 from dpo_kit.pairs.schema import (
-    EXTRAS,
     SCORES,
     BadRow,
     Place,
     UnusablePair,
-    canonical_pair,
     checked_extras,
     checked_text,
     filled_extras,
@@ -39,7 +40,6 @@ SHAREGPT_ROLES = {
     "model": "assistant",
     "system": "system",
 }
-COMMON_FIELDS = frozenset((*EXTRAS, *SCORES))
 
 
 def _nothing(row: Row) -> list[str]:
@@ -50,9 +50,10 @@ def _nothing(row: Row) -> list[str]:
 class Format:
     """One shape: its name, what it looks like and where it comes from, and its adapter.
 
-    `convert(row)` gives a row that `canonical_pair` takes, and raises `BadRow` or `UnusablePair`; it need
-    not copy `COMMON_FIELDS`. A row is of this shape where it has the `fields` and `lacks_beside(row)`
-    names nothing else (in words) that is missing. `optional` are columns that `convert` looks at too.
+    `convert(row)` gives a row that `canonical_row` takes as one of the `kind`, and raises `BadRow` or
+    `UnusablePair`; it need not copy the `common_fields`. A row is of this shape where it has the `fields`
+    and `lacks_beside(row)` names nothing else (in words) that is missing. `optional` are columns that
+    `convert` looks at too.
     """
 
     name: str
@@ -62,6 +63,12 @@ class Format:
     lacks_beside: Callable[[Row], list[str]] = _nothing
     optional: tuple[str, ...] = ()
     prompt_field: str = "prompt"
+    kind: Kind = PAIRS
+
+    @property
+    def common_fields(self) -> frozenset[str]:
+        """Columns that any format of this kind may have."""
+        return frozenset((*self.kind.extras, *(SCORES if self.kind == PAIRS else ())))
 
     def missing(self, row: Row) -> list[str]:
         """The fields that the row has not."""
@@ -73,16 +80,16 @@ class Format:
 
     def unused(self, columns: Iterable[str]) -> list[str]:
         """Those of the columns that nothing is taken from."""
-        return sorted({str(name) for name in columns} - COMMON_FIELDS - {*self.fields, *self.optional})
+        return sorted({str(name) for name in columns} - self.common_fields - {*self.fields, *self.optional})
 
-    def pair(self, row: Row) -> dict[str, Any]:
-        """The row as a canonical pair; raises `BadRow` and `UnusablePair`."""
+    def canonical(self, row: Row) -> dict[str, Any]:
+        """The row as a canonical one of the kind; raises `BadRow` and `UnusablePair`."""
         for name in self.fields:
             need(row, name)
         try:
             converted = self.convert(row)
         except UnusablePair:
-            checked_extras(row)  # a bad row is bad whatever else is the matter with it
+            checked_extras(row, self.kind)  # a bad row is bad whatever else is the matter with it
             raise
         except KeyError as error:  # the natural `row["question"]["text"]` of an adapter of the user's
             raise BadRow(f"format '{self.name}' finds no {error} in the row") from error
@@ -90,8 +97,8 @@ class Format:
             raise TypeError(
                 f"format '{self.name}': convert must return a row, not {type(converted).__name__}"
             )
-        extras = {name: row[name] for name in COMMON_FIELDS if name in row}
-        return canonical_pair({**extras, **converted}, prompt_field=self.prompt_field)
+        extras = {name: row[name] for name in self.common_fields if name in row}
+        return canonical_row({**extras, **converted}, self.kind, prompt_field=self.prompt_field)
 
 
 FORMATS: dict[str, Format] = {}
@@ -105,6 +112,7 @@ def register_format(
     optional: Sequence[str] = (),
     detect: Callable[[Row], bool] | None = None,
     about: str = "",
+    kind: Literal["pairs", "unpaired", "lists"] = "pairs",
 ) -> None:
     """Add a shape of your own, or replace one; it is tried before those that were there.
 
@@ -112,12 +120,14 @@ def register_format(
     ----------
     name: what `format=` calls it.
     convert: a row (a dict of column -> value) to a canonical row: `prompt`, `chosen`, `rejected` as text
-        or lists of {role, content}, or the last two alone as whole conversations. It may raise
-        `schema.UnusablePair` and `schema.BadRow`.
+        or lists of {role, content}, or the last two alone as whole conversations; of an unpaired row
+        `prompt`, `completion`, `label`, of a list `prompt`, `completions`, `scores` (or `ranks`). It may
+        raise `schema.UnusablePair` and `schema.BadRow`.
     fields: the columns that every row of this shape has.
     optional: other columns that `convert` looks at; the rest is reported as not used.
     detect: a further condition for rows that have these columns.
     about: one line: what the shape is, and where it comes from.
+    kind: what a row is.
     """
 
     def lacks_beside(row: Row) -> list[str]:
@@ -126,7 +136,10 @@ def register_format(
 
     if name == "auto":
         raise ValueError("'auto' is what finds the format, and no name for one")
-    added = Format(name, about, tuple(fields), convert, lacks_beside, tuple(optional))
+    known = {each.name: each for each in KINDS_OF_ROWS}
+    if kind not in known:
+        raise ValueError(f"unknown kind '{kind}'; known: {', '.join(known)}")
+    added = Format(name, about, tuple(fields), convert, lacks_beside, tuple(optional), kind=known[kind])
     others = {key: value for key, value in FORMATS.items() if key != name}
     FORMATS.clear()
     FORMATS.update({name: added, **others})
@@ -170,8 +183,9 @@ def split_hh(dialogue: str, field: str) -> tuple[str, str]:
     return dialogue[:at], dialogue[at:]
 
 
-def _explicit(row: Row) -> Row:
-    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+def _columns(*names: str) -> Callable[[Row], Row]:
+    """An adapter that takes these columns as they are, those that there are."""
+    return lambda row: {name: row[name] for name in names if name in row}
 
 
 def _not_conversations(row: Row) -> list[str]:
@@ -262,13 +276,21 @@ def _sharegpt_turn(turn: Any, field: str) -> dict[str, Any]:
     return {**extras, "role": SHAREGPT_ROLES[role], "content": text}
 
 
+def _not_ranked(row: Row) -> list[str]:
+    return [] if row.keys() & {"scores", "ranks"} else ["the field 'scores' or 'ranks'"]
+
+
+def _labelled_conversation(row: Row) -> Row:
+    return {"completion": row["messages"], "label": row["label"]}
+
+
 _BUILT_IN = (
     Format(
         "explicit_prompt",
         "{prompt, chosen, rejected} as text or messages; chosen and rejected may repeat the prompt as "
         "messages (HuggingFaceH4/ultrafeedback_binarized)",
         ("prompt", "chosen", "rejected"),
-        _explicit,
+        _columns("prompt", "chosen", "rejected"),
     ),
     Format(
         "sharegpt",
@@ -292,6 +314,32 @@ _BUILT_IN = (
         _hh,
         _not_dialogues,
         prompt_field="chosen",
+    ),
+    Format(
+        "ranked",
+        "{prompt, completions: [K], scores: [K] (higher is better) or ranks: [K] (1 is best)} as text or "
+        "messages",
+        ("prompt", "completions"),
+        _columns("prompt", "completions", "scores", "ranks"),
+        _not_ranked,
+        optional=("scores", "ranks"),
+        kind=LISTS,
+    ),
+    Format(
+        "unpaired",
+        "{prompt, completion, label} as text or messages; label: true where the completion is desirable "
+        "(huggingface/trl)",
+        ("prompt", "completion", "label"),
+        _columns("prompt", "completion", "label"),
+        kind=UNPAIRED,
+    ),
+    Format(
+        "unpaired_messages",
+        "{messages, label} with a whole conversation (hiyouga/LLaMA-Factory)",
+        ("messages", "label"),
+        _labelled_conversation,
+        prompt_field="messages",
+        kind=UNPAIRED,
     ),
 )
 FORMATS.update({form.name: form for form in _BUILT_IN})

@@ -1,4 +1,4 @@
-"""Sources -> canonical pairs: every row through its format's adapter, every row accounted for.
+"""Sources -> canonical rows: every row through its format's adapter, every row accounted for.
 
 `read_pairs` gives plain dicts and the report, `load_pairs` the same rows as a `datasets.Dataset`.
 """
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.formats import Format, detected_format, named_format
-from dpo_kit.pairs.schema import EXTRAS, KINDS, BadRow, Place, UnusablePair
+from dpo_kit.pairs.kinds import Kind
+from dpo_kit.pairs.schema import KINDS, BadRow, Place, UnusablePair
 from dpo_kit.pairs.sources import Source, find_sources
 from dpo_kit.pairs.tally import PairsReport, Problem, SourceReport
 
@@ -28,24 +29,31 @@ _BATCH_ROWS = 1000
 
 
 def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "error") -> Dataset:
-    """Preference pairs as a `datasets.Dataset` of canonical rows.
+    """Preference pairs, unpaired rows or ranked lists as a `datasets.Dataset` of canonical rows.
 
     Parameters
     ----------
     sources: one or several of: a file (json, jsonl, ndjson, csv, parquet, arrow; the text kinds also .gz
         or .zst), a folder, a glob, `hf://owner/name[/config]@split`.
     format: the shape of the rows; `auto` finds it from each source's first row.
-    invalid: what becomes of pairs that are well formed but unusable (`schema.KINDS`): `error` raises one
+    invalid: what becomes of rows that are well formed but unusable (`schema.KINDS`): `error` raises one
         `InputError` that counts them all; `drop` leaves them out and logs one warning that does.
 
     Returns
     -------
-    Columns `prompt`, `chosen`, `rejected`: all text, or all lists of {role, content}; `source`, where a
-    person finds the row (`file:line`, `file:line (row N)` or `file:row N`); and those of `margin`
-    (float64, score of chosen minus score of rejected), `weight` (float64, not below 0), `prompt_id`,
-    `tools` (JSON text) that any row has, null in the others.
+    The columns of the one kind that the rows are of, texts or lists of {role, content} alike in all:
 
-    Raises `InputError` for anything else that is wrong with the sources, whatever `invalid` says.
+    - pairs: `prompt`, `chosen`, `rejected`;
+    - unpaired rows: `prompt`, `completion`, `label` (bool, true where the completion is desirable);
+    - ranked lists: `prompt`, `completions` (list), `scores` (list of float64, higher is better, not all
+      equal; ranks are turned into scores by their sign).
+
+    And `source`, where a person finds the row (`file:line`, `file:line (row N)` or `file:row N`); and those
+    of `margin` (float64, score of chosen minus score of rejected; of pairs only), `weight` (float64, not
+    below 0), `prompt_id`, `tools` (JSON text) that any row has, null in the others.
+
+    Raises `InputError` for anything else that is wrong with the sources, whatever `invalid` says: among it
+    rows of more than one kind, and texts beside messages.
     """
     return load_with_report(sources, format=format, invalid=invalid)[0]
 
@@ -58,14 +66,15 @@ def load_with_report(
     from datasets import Dataset
 
     report = PairsReport()
-    pairs = _usable(sources, format, invalid, report)
-    first = next(pairs)
-    schema = _arrow_schema(messages=not isinstance(first["prompt"], str))
-    batches = [pyarrow.RecordBatch.from_pylist([first, *islice(pairs, _BATCH_ROWS)], schema)]
-    while rows := list(islice(pairs, _BATCH_ROWS)):
+    usable = _usable(sources, format, invalid, report)
+    first = next(usable)
+    assert report.kind is not None
+    schema = _arrow_schema(report.kind, messages=not isinstance(first["prompt"], str))
+    batches = [pyarrow.RecordBatch.from_pylist([first, *islice(usable, _BATCH_ROWS)], schema)]
+    while rows := list(islice(usable, _BATCH_ROWS)):
         batches.append(pyarrow.RecordBatch.from_pylist(rows, schema))
     table = pyarrow.Table.from_batches(batches, schema)
-    absent = [name for name in EXTRAS if table[name].null_count == len(table)]
+    absent = [name for name in report.kind.extras if table[name].null_count == len(table)]
     return Dataset(table.drop_columns(absent)), report
 
 
@@ -80,8 +89,8 @@ def read_pairs(
     return list(_usable(sources, format, invalid, report)), report
 
 
-def stream_pairs(sources: Sources, format: str, report: PairsReport) -> Iterator[dict[str, Any]]:
-    """The usable pairs one by one, all else going into the report.
+def stream_rows(sources: Sources, format: str, report: PairsReport) -> Iterator[dict[str, Any]]:
+    """The usable rows one by one, all else going into the report.
 
     Raises `InputError` for trouble with structure only, at its place in the stream.
     """
@@ -89,31 +98,47 @@ def stream_pairs(sources: Sources, format: str, report: PairsReport) -> Iterator
     found, report.ignored = find_sources(sources)
     first: dict[str, Any] | None = None
     for source in found:
-        for pair in _pairs_of_source(source, forced, report):
-            first = first or pair
-            if isinstance(pair["prompt"], str) != isinstance(first["prompt"], str):
-                text, messages = (pair, first) if isinstance(pair["prompt"], str) else (first, pair)
-                raise InputError(
-                    "text and messages cannot be mixed in one data set: "
-                    f"{text['source']} is text, {messages['source']} is messages",
-                    file=source.name,
-                    mend="Convert one of them, or load them apart",
-                )
-            yield pair
+        for row, kind in _rows_of_source(source, forced, report):
+            if first is None:
+                first, report.kind = row, kind
+            _require_alike(first, report.kind, row, kind, source)
+            yield row
+
+
+def _require_alike(
+    first: dict[str, Any], first_kind: Kind | None, row: dict[str, Any], kind: Kind, source: Source
+) -> None:
+    if first_kind is not None and kind != first_kind:
+        raise InputError(
+            f"{first_kind.rows} and {kind.rows} cannot be mixed in one data set: "
+            f"{first['source']} is of the {first_kind.rows}, {row['source']} of the {kind.rows}",
+            file=source.name,
+            mend="Convert one of them, or load them apart",
+        )
+    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+        text, messages = (row, first) if isinstance(row["prompt"], str) else (first, row)
+        raise InputError(
+            "text and messages cannot be mixed in one data set: "
+            f"{text['source']} is text, {messages['source']} is messages",
+            file=source.name,
+            mend="Convert one of them, or load them apart",
+        )
 
 
 def _usable(sources: Sources, format: str, invalid: Invalid, report: PairsReport) -> Iterator[dict[str, Any]]:
-    """At least one pair, once the policy on unusable ones is met; the end of the stream is the moment."""
+    """At least one row, once the policy on unusable ones is met; the end of the stream is the moment."""
     if invalid not in ("error", "drop"):
         raise InputError(f"unknown policy '{invalid}'", field="invalid", mend="Known policies: error, drop")
-    yield from stream_pairs(sources, format, report)
+    yield from stream_rows(sources, format, report)
     if report.problems and (invalid == "error" or not report.kept):
         raise report.as_error(dropped=invalid == "drop")
     if report.problems:
         _log.warning("left out: %s", report.left_out())
 
 
-def _pairs_of_source(source: Source, form: Format | None, report: PairsReport) -> Iterator[dict[str, Any]]:
+def _rows_of_source(
+    source: Source, form: Format | None, report: PairsReport
+) -> Iterator[tuple[dict[str, Any], Kind]]:
     account = SourceReport(source.name, form.name if form else "auto")
     report.sources.append(account)
     columns: dict[str, None] = {}
@@ -123,18 +148,18 @@ def _pairs_of_source(source: Source, form: Format | None, report: PairsReport) -
             account.format = form.name
         columns.update(dict.fromkeys(row))
         account.read += 1
-        pair = _pair(form, row, place, report)
-        if pair is not None:
+        usable = _canonical(form, row, place, report)
+        if usable is not None:
             account.kept += 1
-            yield pair
+            yield usable, form.kind
     if form is None or not account.read:
         raise InputError("there is no row in it", file=source.name)
     account.unused_columns = form.unused(columns)
 
 
-def _pair(form: Format, row: dict[str, Any], place: Place, report: PairsReport) -> dict[str, Any] | None:
+def _canonical(form: Format, row: dict[str, Any], place: Place, report: PairsReport) -> dict[str, Any] | None:
     try:
-        return {**form.pair(row), "source": str(place)}
+        return {**form.canonical(row), "source": str(place)}
     except BadRow as bad:
         raise place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend) from bad
     except UnusablePair as bad:
@@ -142,15 +167,17 @@ def _pair(form: Format, row: dict[str, Any], place: Place, report: PairsReport) 
         return None
 
 
-def _arrow_schema(*, messages: bool) -> Any:
+def _arrow_schema(kind: Kind, *, messages: bool) -> Any:
     import pyarrow
 
-    part = (
-        pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
-        if messages
-        else pyarrow.string()
-    )
-    parts = [(name, part) for name in ("prompt", "chosen", "rejected")]
-    numbers = [(name, pyarrow.float64()) for name in ("margin", "weight")]
-    texts = [(name, pyarrow.string()) for name in ("prompt_id", "tools", "source")]
-    return pyarrow.schema(parts + numbers + texts)
+    number, text = pyarrow.float64(), pyarrow.string()
+    part = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])) if messages else text
+    types = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), part) | {
+        "completions": pyarrow.list_(part),
+        "label": pyarrow.bool_(),
+        "scores": pyarrow.list_(number),
+        "margin": number,
+        "weight": number,
+    }
+    names = (*kind.columns, *kind.extras, "source")
+    return pyarrow.schema([(name, types.get(name, text)) for name in names])

@@ -26,6 +26,7 @@ Line = tuple[int, str]
 
 COMPRESSIONS = (".gz", ".zst")
 BATCH_ROWS = 1000
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
 _WHITE = re.compile(r"[ \t\r\n]*")
 _ONE_A_LINE = "Each line must hold one JSON object; where the file is one JSON document, name it .json"
 _LIST_OF_ROWS = "A .json file holds a list of rows, an object with one such list, or one row on each line"
@@ -265,7 +266,7 @@ def _elements(path: str, text: str, at: int) -> Generator[RawRow, None, int]:
 
 
 def _csv(path: str) -> Iterator[RawRow]:
-    """Comma-separated, first record the names, quotes doubled; every cell is text except `NUMBERS`."""
+    """Comma-separated, first record the names, quotes doubled; every cell is text except as in `_cell`."""
     limit = csv.field_size_limit(2**31 - 1)
     records = csv.reader((text for _, text in _lines(path)), strict=True)
     header: list[str] | None = None
@@ -302,7 +303,9 @@ def _checked_header(path: str, names: list[str], line: int) -> list[str]:
 
 
 def _cell(name: str, text: str) -> Any:
-    """A number where one belongs and is written, nothing where it is left empty; else the text."""
+    """A number or label where one belongs and is written, nothing where it is left empty; else the text."""
+    if name == "label":
+        return _LABELS.get(text.lower(), text or None)
     if name not in NUMBERS:
         return text
     try:

@@ -1,10 +1,8 @@
-"""The canonical row, and the one gate that every row of every on-disk shape goes through.
+"""What a field of a row must be, and what is said where it is not.
 
-A canonical row is a dict with `prompt`, `chosen` and `rejected`: all three text, or all three lists of
-{role, content} messages (the replies one assistant message each); and, where the source has them, the
-`EXTRAS`. Two kinds of trouble are told apart: a `BadRow` has the wrong structure and stops the loading, an
+Two kinds of trouble are told apart: a `BadRow` has the wrong structure and stops the loading, an
 `UnusablePair` is well formed but teaches nothing or the wrong thing, and may be left out and counted.
-How rows lie on disk is the business of `formats`, where they come from that of `sources`.
+Whole rows are the business of `canonical`, how they lie on disk that of `formats`.
 """
 
 from __future__ import annotations
@@ -16,24 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.kinds import PAIRS, Kind
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SCORES = ("score_chosen", "score_rejected")
 NUMBERS = ("margin", "weight", *SCORES)
-EXTRAS = ("margin", "weight", "prompt_id", "tools")
 
-# Each kind of unusable pair: what is wrong, and how to mend it.
+# Each kind of unusable row: what is wrong, and how to mend it.
 KINDS = {
     "empty_completion": ("the reply is empty", "Write the reply, or take the row out"),
     "empty_prompt": ("the prompt is empty", "Write the prompt, or take the row out"),
     "identical": ("chosen and rejected are the same", "Take the row out: it prefers nothing"),
+    "all_tied": ("all replies are equally good", "Take the row out: it prefers nothing"),
     "prompts_differ": (
-        "chosen and rejected do not answer the same prompt",
-        "Make the two conversations equal up to the reply",
+        "the replies do not answer the same prompt",
+        "Make the conversations equal up to the reply",
     ),
     "reply_not_one_assistant_message": (
         "the reply is not exactly one assistant message",
-        "End each side with one assistant message",
+        "End each conversation with one assistant message",
     ),
     "unsupported_message_key": (
         "a message carries more than role and content",
@@ -70,53 +69,11 @@ class BadRow(Exception):  # noqa: N818  (an Error of ours is what the user sees;
 
 
 class UnusablePair(Exception):  # noqa: N818
-    """The row is well formed, but not a pair to learn from. `kind` is a key of `KINDS`."""
+    """The row is well formed, but not an example to learn from. `kind` is a key of `KINDS`."""
 
     def __init__(self, kind: str, *, field: str | None = None, message: str | None = None) -> None:
         self.kind, self.field, self.message = kind, field, message or KINDS[kind][0]
         super().__init__(self.message)
-
-
-def canonical_pair(row: Mapping[str, Any], *, prompt_field: str = "prompt") -> dict[str, Any]:
-    """Check a row in a canonical shape and bring it to the canonical form.
-
-    With a `prompt`: text and text replies stay text. Otherwise all become messages: a text prompt is a
-    user message, a text reply an assistant message, and a reply list that begins with a copy of the prompt
-    is split before its last message. Without a `prompt`, `chosen` and `rejected` are whole conversations
-    and are split before the last message; whole *texts* are refused, because where the reply begins in
-    them can only be guessed. `prompt_field` is what the source calls the prompt.
-
-    Structure is looked at before sense, so that a row is bad whatever else is the matter with it. Raises
-    `BadRow` and `UnusablePair`; of several problems only the first that is found.
-    """
-    chosen = text_or_messages(row, "chosen")
-    rejected = text_or_messages(row, "rejected")
-    prompt = text_or_messages(row, "prompt", called=prompt_field) if "prompt" in row else None
-    extras = checked_extras(row)
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("one reply is text and the other a list of messages", field="rejected")
-    if isinstance(chosen, str) and prompt is None:
-        raise BadRow(
-            "there is no prompt, and where a reply begins in a whole text cannot be told from its characters",
-            field="prompt",
-            mend="Add a 'prompt' field, or give 'chosen' and 'rejected' as lists of messages or HH dialogues",
-        )
-    if not (isinstance(prompt, str) and isinstance(chosen, str)):
-        prompt, chosen, rejected = _as_messages(prompt, chosen, rejected, prompt_field)
-    _check_sense(prompt, chosen, rejected, prompt_field)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **extras}
-
-
-def split_conversation(conversation: list[dict], field: str) -> tuple[list[dict], list[dict]]:
-    """Messages -> (prompt, [reply]), cut before the last message, which must be the assistant's."""
-    if not conversation or conversation[-1]["role"] != "assistant":
-        end = f"ends with a message of role '{conversation[-1]['role']}'" if conversation else "is empty"
-        raise UnusablePair(
-            "reply_not_one_assistant_message",
-            field=field,
-            message=f"the conversation {end}, where the assistant's reply should be",
-        )
-    return conversation[:-1], conversation[-1:]
 
 
 def need(row: Mapping[str, Any], field: str) -> Any:
@@ -144,14 +101,13 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def text_or_messages(row: Mapping[str, Any], field: str, *, called: str | None = None) -> str | list[dict]:
-    """The field as text or as messages; empty extra keys of a message are dropped, others still there."""
-    value, called = need(row, field), called or field
+def text_or_messages(value: Any, field: str) -> str | list[dict]:
+    """The value as text or as messages; empty extra keys of a message are dropped, others still there."""
     if isinstance(value, str):
-        return checked_text(value, called)
+        return checked_text(value, field)
     if not isinstance(value, list):
-        raise BadRow(f"expected text or a list of messages, found {kind_of(value)}", field=called)
-    return [_checked_message(message, f"{called}[{i}]") for i, message in enumerate(value)]
+        raise BadRow(f"expected text or a list of messages, found {kind_of(value)}", field=field)
+    return [_checked_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
 
 
 def filled_extras(message: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
@@ -195,80 +151,20 @@ def _checked_message(message: Any, field: str) -> dict[str, Any]:
     return {"role": role, "content": content, **extras}
 
 
-def _as_messages(
-    prompt: str | list[dict] | None, chosen: str | list[dict], rejected: str | list[dict], prompt_field: str
-) -> tuple[list[dict], list[dict], list[dict]]:
-    sides = {"chosen": _reply_messages(chosen), "rejected": _reply_messages(rejected)}
-    for field, messages in ((prompt_field, prompt), *sides.items()):
-        if isinstance(messages, list):
-            _require_plain(messages, field)
-    (chosen_prompt, chosen), (rejected_prompt, rejected) = (
-        split_conversation(messages, field) if prompt is None else _split_reply(prompt, messages, field)
-        for field, messages in sides.items()
-    )
-    if chosen_prompt != rejected_prompt:
-        raise UnusablePair("prompts_differ", field="rejected")
-    return chosen_prompt, chosen, rejected
-
-
-def _reply_messages(reply: str | list[dict]) -> list[dict]:
-    return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-
-
-def _require_plain(messages: list[dict], field: str) -> None:
-    for i, message in enumerate(messages):
-        if len(message) > 2:
-            names = ", ".join(f"'{key}'" for key in message if key not in ("role", "content"))
-            raise UnusablePair(
-                "unsupported_message_key",
-                field=f"{field}[{i}]",
-                message=f"the message carries {names}, which would be lost",
-            )
-
-
-def _split_reply(prompt: str | list[dict], reply: list[dict], field: str) -> tuple[list[dict], list[dict]]:
-    """A reply list beside a given prompt -> (prompt, [reply]): the reply alone, or a whole conversation."""
-    lead, last = split_conversation(reply, field)
-    if not lead:
-        return (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]), last
-    if lead[0]["role"] in ("assistant", "tool"):
-        raise UnusablePair("reply_not_one_assistant_message", field=field)
-    if isinstance(prompt, list):
-        holds_prompt = lead == prompt
-    else:
-        holds_prompt = any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in lead)
-    if not holds_prompt:
-        raise UnusablePair(
-            "prompts_differ", field=field, message="the conversation is not one that the prompt begins"
-        )
-    return lead, last
-
-
-def _check_sense(
-    prompt: str | list[dict], chosen: str | list[dict], rejected: str | list[dict], prompt_field: str
-) -> None:
-    if not plain_text(prompt).strip():
-        raise UnusablePair("empty_prompt", field=prompt_field)
-    for field, reply in (("chosen", chosen), ("rejected", rejected)):
-        if not plain_text(reply).strip():
-            raise UnusablePair("empty_completion", field=field)
-    if chosen == rejected:
-        raise UnusablePair("identical", field="rejected")
-
-
 def plain_text(part: str | list[dict]) -> str:
     """The characters of a prompt or reply; messages one after the other with nothing between."""
     return part if isinstance(part, str) else "".join(message["content"] for message in part)
 
 
-def checked_extras(row: Mapping[str, Any]) -> dict[str, Any]:
-    """margin (or the difference of two scores), weight, prompt_id, tools; a null counts as absent.
+def checked_extras(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """weight, prompt_id, tools; of a pair margin too, or the difference of two scores for it.
 
-    Raises `BadRow`.
+    A null counts as absent. Raises `BadRow`.
     """
-    numbers = {name: _number(row[name], name) for name in NUMBERS if row.get(name) is not None}
+    names = NUMBERS if kind == PAIRS else ("weight",)
+    numbers = {name: finite(row[name], name) for name in names if row.get(name) is not None}
     if "margin" not in numbers and SCORES[0] in numbers and SCORES[1] in numbers:
-        numbers["margin"] = _number(numbers[SCORES[0]] - numbers[SCORES[1]], "margin")
+        numbers["margin"] = finite(numbers[SCORES[0]] - numbers[SCORES[1]], "margin")
     if numbers.get("weight", 0.0) < 0:
         raise BadRow(f"a weight must not be below 0, found {numbers['weight']}", field="weight")
     extras: dict[str, Any] = {name: numbers[name] for name in ("margin", "weight") if name in numbers}
@@ -282,7 +178,53 @@ def checked_extras(row: Mapping[str, Any]) -> dict[str, Any]:
     return extras
 
 
-def _number(value: Any, field: str) -> float:
+def checked_label(value: Any) -> bool:
+    """true or false, or 1 or 0 for them; raises `BadRow` for anything else."""
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    found = str(value) if isinstance(value, int | float) else kind_of(value)
+    raise BadRow(
+        f"expected true or false, found {found}",
+        field="label",
+        mend="Write true (or 1) for a desirable completion, false (or 0) for an undesirable one",
+    )
+
+
+def checked_scores(row: Mapping[str, Any], replies: int) -> list[float]:
+    """The `scores` of a row (higher is better), or its `ranks` (1 is best) as scores, which are -rank.
+
+    A null counts as absent. Raises `BadRow` where there are both or none, and where they are not as many as
+    the replies, not numbers, or not finite.
+    """
+    given = [name for name in ("scores", "ranks") if row.get(name) is not None]
+    if len(given) != 1:
+        raise BadRow(
+            "the row has both scores and ranks" if given else "the row has neither scores nor ranks",
+            field="scores",
+            mend="Give scores (higher is better), or ranks (1 is best)",
+        )
+    field, values = given[0], row[given[0]]
+    if not isinstance(values, list):
+        raise BadRow(f"expected a list of numbers, found {kind_of(values)}", field=field)
+    if len(values) != replies:
+        raise BadRow(
+            f"{len(values)} {field} for {replies} completions",
+            field=field,
+            mend="Give one for each completion, in their order",
+        )
+    read = finite if field == "scores" else _score_of_rank
+    return [read(value, f"{field}[{i}]") for i, value in enumerate(values)]
+
+
+def _score_of_rank(rank: Any, field: str) -> float:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        found = str(rank) if isinstance(rank, float | int) else kind_of(rank)
+        raise BadRow(f"expected a rank, found {found}", field=field, mend="Count ranks from 1, the best")
+    return -finite(rank, field)
+
+
+def finite(value: Any, field: str) -> float:
+    """The value as a float; raises `BadRow` where it is no number, or not a finite one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"expected a number, found {kind_of(value)}", field=field)
     try:

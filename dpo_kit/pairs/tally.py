@@ -11,7 +11,9 @@ from itertools import islice
 from typing import Any
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.kinds import Kind
 from dpo_kit.pairs.schema import Place
+from dpo_kit.pairs.statistics import Statistics
 
 FIRST_PLACES = 3
 
@@ -41,27 +43,6 @@ class SourceReport:
     unused_columns: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, 95th percentile (nearest rank) and greatest of some lengths."""
-
-    median: float
-    p95: int
-    max: int
-
-
-@dataclass(frozen=True, slots=True)
-class PairStatistics:
-    """What the kept pairs look like. Lengths are in characters, of messages the content alone."""
-
-    prompt_characters: Spread
-    chosen_characters: Spread
-    rejected_characters: Spread
-    distinct_prompts: int
-    duplicated_pairs: int  # pairs equal to an earlier one
-    longer_chosen_share: float | None  # of the pairs of unequal length; None where there is none
-
-
 @dataclass(slots=True)
 class PairsReport:
     """All sources of one loading. A row has at most one problem: the first that was found."""
@@ -69,7 +50,8 @@ class PairsReport:
     sources: list[SourceReport] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # files passed over in folders and globs
-    statistics: PairStatistics | None = None
+    kind: Kind | None = None  # of the rows kept; None where there is none
+    statistics: Statistics | None = None
 
     @property
     def read(self) -> int:
@@ -89,6 +71,7 @@ class PairsReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""
         return {
+            "kind": self.kind.name if self.kind else None,
             "read": self.read,
             "kept": self.kept,
             "counts": self.counts,
@@ -123,7 +106,9 @@ class PairsReport:
         lines += [f"left out: {words}" for words in self.kinds_in_words()]
         if self.ignored:
             lines.append(f"ignored files: {', '.join(self.ignored)}")
-        return "\n".join(lines + _statistics_in_words(self.statistics))
+        if self.kind:
+            lines.append(f"kind: {self.kind.rows}")
+        return "\n".join(lines + (self.statistics.in_words() if self.statistics else []))
 
     def as_error(self, *, dropped: bool) -> InputError:
         """The first problem, for the user to mend, with the count of all of them.
@@ -147,17 +132,3 @@ def _places_in_words(places: list[Place]) -> str:
         word.removeprefix(place.file) if place.file == before else word
         for word, place, before in zip(words, places, files, strict=False)
     )
-
-
-def _statistics_in_words(statistics: PairStatistics | None) -> list[str]:
-    if statistics is None:
-        return []
-    lines = ["characters (median, 95th percentile, max):"]
-    for part in ("prompt", "chosen", "rejected"):
-        spread: Spread = getattr(statistics, f"{part}_characters")
-        lines.append(f"  {part:<8} {spread.median:>9.1f} {spread.p95:>7} {spread.max:>7}")
-    lines.append(f"distinct prompts: {statistics.distinct_prompts}")
-    lines.append(f"duplicated pairs: {statistics.duplicated_pairs}")
-    if statistics.longer_chosen_share is not None:
-        lines.append(f"the longer reply is chosen in {statistics.longer_chosen_share:.1%} of pairs")
-    return lines

@@ -1,0 +1,52 @@
+"""The three kinds of canonical rows: which columns hold the replies, and what the data says of them.
+
+Only names; `canonical` checks rows of each kind, `formats` knows how they lie on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of canonical rows; to be compared by value, since worker processes get copies.
+
+    Attributes:
+        name: what `dpo_kit.losses` calls the shape.
+        rows: what several of them are called in messages.
+        replies: the columns that hold replies, beside the prompt.
+        judgement: the column that says how good they are, where the replies' columns do not.
+        extras: optional columns.
+    """
+
+    name: str
+    rows: str
+    replies: tuple[str, ...]
+    judgement: str | None
+    extras: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that every row has but `source`."""
+        return ("prompt", *self.replies, *((self.judgement,) if self.judgement else ()))
+
+    def parts(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row's replies by their place in it: `chosen`, `completion`, `completions[0]`, ..."""
+        if self != LISTS:
+            return {name: row[name] for name in self.replies}
+        return {f"completions[{i}]": reply for i, reply in enumerate(row["completions"])}
+
+
+_EXTRAS = ("weight", "prompt_id", "tools")
+PAIRS = Kind("pairs", "pairs", ("chosen", "rejected"), None, ("margin", *_EXTRAS))
+UNPAIRED = Kind("unpaired", "unpaired rows", ("completion",), "label", _EXTRAS)
+LISTS = Kind("lists", "ranked lists", ("completions",), "scores", _EXTRAS)
+KINDS_OF_ROWS = (PAIRS, UNPAIRED, LISTS)
+
+
+def kind_of_columns(columns: Container[str]) -> Kind | None:
+    """The kind whose columns are all there (the first, if of several); None where there is none."""
+    return next((kind for kind in KINDS_OF_ROWS if all(name in columns for name in kind.columns)), None)
