@@ -122,18 +122,29 @@ class Progress(TrainerCallback):
             tqdm.write(line, file=sys.stderr)
 
 
-class BeforeFirstStep(TrainerCallback):
-    """Calls a function when the model is ready to be trained (placed, wrapped, its checkpointing on) and
-    nothing is planned yet."""
+class At(TrainerCallback):
+    """Calls functions at moments of a training run.
 
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
+    Args:
+        before_first_step: when the model is ready to be trained (placed, wrapped, its checkpointing on) and
+            nothing is planned yet.
+        after_step: after each optimiser step, with the number of steps done.
+    """
+
+    def __init__(self, *, before_first_step: Callable[[], None], after_step: Callable[[int], None]) -> None:
+        self._before_first_step, self._after_step = before_first_step, after_step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Call it."""
-        self._function()
+        """Call the first one."""
+        self._before_first_step()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Call the other one."""
+        self._after_step(state.global_step)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

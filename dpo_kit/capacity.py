@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_kit.examples import PairTokens
-from dpo_kit.models import output_head
+from dpo_kit.examples import Example
+from dpo_kit.models import is_reward_model, output_head
 from dpo_kit.packing import MicroBatch
-from dpo_kit.scoring import sequence_logprobs
+from dpo_kit.scoring import what_is_trained
 
 # More tokens at once gain nothing: the matrix products are large by then.
 MOST_TOKENS = 65536
@@ -30,7 +30,7 @@ _HEAD_BYTES = 2**30
 def kept_bytes(model: nn.Module, batch: MicroBatch) -> int:
     """Bytes that one forward pass keeps for its backward pass, without parameters and the head's logits."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    vocabulary = output_head(model).module.weight.shape[0]
+    vocabulary = None if is_reward_model(model) else output_head(model).module.weight.shape[0]
     sizes: dict[int, int] = {}
 
     def pack(saved: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def kept_bytes(model: nn.Module, batch: MicroBatch) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         # The graph holds what was kept, so that no place in memory is counted for two tensors.
-        graph = sequence_logprobs(model, batch).sequences.sum()
+        graph = what_is_trained(model, batch).sum()
     total = sum(sizes.values())
     del graph
     return total
@@ -83,7 +83,7 @@ def tokens_that_fit(free: int, reserved: int, per_token: float) -> int:
 
 
 def measured_budget(
-    model: nn.Module, plan: Callable[[Sequence[PairTokens]], MicroBatch], pairs: Sequence[PairTokens]
+    model: nn.Module, plan: Callable[[Sequence[Example]], MicroBatch], pairs: Sequence[Example]
 ) -> int:
     """Tokens of a micro-batch that fit a CUDA device beside the model and what training it takes.
 

@@ -11,6 +11,7 @@ import logging
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +25,15 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
 app.add_typer(data_app, name="data")
+cache_app = typer.Typer(no_args_is_help=True, help="Look after the reference's log-probs on disk.")
+app.add_typer(cache_app, name="cache")
 
 Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or hf://owner/name@split.")]
 FormatOption = Annotated[str, typer.Option("--format", help="Shape of the rows; auto looks at them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Default: $DPO_KIT_CACHE or ~/.cache/dpo_kit.")
+]
 
 
 @app.callback()
@@ -136,6 +142,69 @@ def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = Fal
         print(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
         print(found.summary())
+
+
+@cache_app.command("ls")
+def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
+    """The models of which log-probs are kept."""
+    from dpo_kit.reference import ReferenceCache
+
+    cache = ReferenceCache(cache_dir)
+    models = [model.to_dict() for model in cache.models()]
+    if as_json:
+        print(json.dumps({"folder": str(cache.folder), "models": models}))
+        return
+    columns = ("key", "name", "dtype", "autocast", "sequences", "with_tokens", "damaged", "bytes", "used")
+    _print_table(f"reference cache in {cache.folder}", columns, models)
+
+
+@cache_app.command("verify")
+def cache_verify(cache_dir: CacheDir = None) -> None:
+    """Read every shard, and name those that are damaged (exit status 1 where there is one)."""
+    from dpo_kit.reference import ReferenceCache
+
+    found = list(ReferenceCache(cache_dir).verify())
+    damaged = [(path, problem) for path, problem in found if problem]
+    for path, problem in damaged:
+        print(f"{path}: {problem}")
+    _say(f"{len(found)} shards, {len(damaged)} damaged")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", help="Models not used for so many days.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="A model's key, or how it begins.")] = None,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Shards that were set aside.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All of it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing, say what would be.")] = False,
+    cache_dir: CacheDir = None,
+) -> None:
+    """Remove what is not wanted any more, and say what that was."""
+    from dpo_kit.reference import ReferenceCache
+
+    removed = ReferenceCache(cache_dir).prune(
+        older_than=older_than, model=model, damaged=damaged, everything=everything, dry_run=dry_run
+    )
+    for path, _ in removed:
+        print(path)
+    did = "would be removed" if dry_run else "removed"
+    _say(f"{did}: {len(removed)} files, {sum(size for _, size in removed):,} bytes")
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Rows under columns, on stdout; nothing is cut, so that keys can be copied."""
+    table = [
+        list(columns),
+        *(["-" if row[name] is None else str(row[name]) for name in columns] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print(title)
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

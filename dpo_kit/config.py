@@ -16,6 +16,9 @@ from dpo_kit.errors import DpoKitWarning, InputError
 # little and take memory; on CUDA the trainer puts what fits in its place.
 AUTO_TOKENS = {"cpu": 1536, "cuda": 16384}
 
+# Extras of the kernel that tell a person something; see `dpo_kit.logprob.token_logprobs`.
+TOKEN_METRICS = ("entropy", "top1")
+
 
 def bf16_is_fast() -> bool:
     """Whether this machine multiplies bf16 matrices in hardware."""
@@ -36,7 +39,16 @@ class PreferenceConfig(TrainingArguments):
             speed, not the gradient. "auto": 1536 on a processor; on CUDA what fits into the memory that is
             free when training starts.
         loss: a name, {name: ..., hyper-parameters}, or a list of {name, weight, ...}.
-        reference_mode: "auto", "live" (a frozen copy in memory) or "none".
+        reference_mode: where the reference's log-probs come from: "live" (a frozen copy in memory),
+            "adapter_off" (a peft policy without its adapter), "adapter" (another adapter of it), "cached"
+            (computed once and kept on disk), "moving" (a copy that follows the policy: TR-DPO), "none", or
+            "auto": cached where the loss allows it, see `dpo_kit.reference.make_reference`.
+        reference_cache_dir: of the cached reference; default $DPO_KIT_CACHE or ~/.cache/dpo_kit.
+        reference_adapter: the adapter that "adapter" means: its name in the policy, or a folder to load.
+        reference_update_every: steps between two updates of a moving reference.
+        reference_update_weight: of the policy in an update, in (0, 1]; 1 replaces the reference.
+        token_metrics: statistics of the policy's token distributions to log: "entropy" (nats), "top1"
+            (share of tokens that are the most likely ones). Computed only when asked for.
         layout: "tree", "padded", or "auto": the tree where the start-up check finds that the model
             gives the same log-probs on it.
         attention: how a tree's attention is computed: "gathered" (any device), "varlen" or "flex" (CUDA),
@@ -57,6 +69,11 @@ class PreferenceConfig(TrainingArguments):
     tokens_per_micro_batch: int | str = "auto"
     loss: Any = field(default_factory=lambda: {"name": "dpo"})
     reference_mode: str = "auto"
+    reference_cache_dir: str | None = None
+    reference_adapter: str | None = None
+    reference_update_every: int = 512
+    reference_update_weight: float = 0.6
+    token_metrics: list[str] = field(default_factory=list)
     layout: str = "auto"
     attention: str = "auto"
     group_by_prompt: bool = False
@@ -113,6 +130,12 @@ class PreferenceConfig(TrainingArguments):
                 f"it does not go with train_sampling_strategy {self.train_sampling_strategy}",
                 field="train.group_by_prompt",
                 mend="Set one of the two.",
+            )
+        if unknown := set(self.token_metrics) - set(TOKEN_METRICS):
+            raise InputError(
+                f"unknown {', '.join(sorted(unknown))}",
+                field="train.token_metrics",
+                mend=f"Known: {', '.join(TOKEN_METRICS)}.",
             )
         for name, known in (("attention", [*ATTENTION_BACKENDS]), ("layout", ["tree", "padded"])):
             if (value := getattr(self, name)) not in ("auto", *known):

@@ -1,13 +1,13 @@
-"""Causal language models: loading them, their output head, and whether the token tree can serve them.
+"""Causal language models and reward models: loading them, their heads, and their tree attention.
 
 What differs between model families and matters here stands in this file and nowhere else: how the
-logits are scaled or capped, and what makes a model unfit for tree rows.
+logits are scaled or capped, and where the head is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dpo_kit.attention import TREE_ATTENTION
 from dpo_kit.errors import InputError
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+# What transformers' decoders call the linear layer of a ...ForSequenceClassification.
+_VALUE_HEAD = "score"
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,69 @@ def output_head(model: nn.Module) -> Head:
     return Head(module, float(scale), getattr(config, "final_logit_softcapping", None))
 
 
+def is_reward_model(model: nn.Module) -> bool:
+    """Whether a model has a value head in place of an output head."""
+    return isinstance(getattr(unwrap(model), _VALUE_HEAD, None), nn.Module)
+
+
+def value_head(model: nn.Module) -> nn.Module:
+    """The layer of a reward model that turns [..., H] hidden states into [..., 1] rewards.
+
+    Raises:
+        InputError: the model has none, or one with several labels.
+    """
+    inner: Any = unwrap(model)
+    labels = getattr(getattr(inner, "config", None), "num_labels", None)
+    if not is_reward_model(inner):
+        problem = "no value head that reads the last token"
+    elif labels != 1:
+        problem = f"a value head with {labels} labels"
+    else:
+        return getattr(inner, _VALUE_HEAD)
+    raise InputError(
+        f"{type(inner).__name__} has {problem}",
+        field="model.path",
+        mend="Give a decoder that has AutoModelForSequenceClassification with num_labels=1.",
+    )
+
+
+@contextlib.contextmanager
+def no_padding_token(model: nn.Module) -> Iterator[None]:
+    """Within: a reward model takes no token for padding; after: as before.
+
+    So its own pooling reads the very last token of a row, and refuses no batch for want of such a token.
+    """
+    configs = [config for config in _configs(model) if hasattr(config, "pad_token_id")]
+    before = [config.pad_token_id for config in configs]
+    try:
+        for config in configs:
+            config.pad_token_id = -1
+        yield
+    finally:
+        for config, token in zip(configs, before, strict=True):
+            config.pad_token_id = token
+
+
+def padding_advice(model: nn.Module, last_tokens: Collection[int]) -> str:
+    """What to tell the user of a reward model whose padding token is one that replies end with; mostly "".
+
+    dpo_kit reads the value at a reply's last token. Whoever loads the model into transformers gets that of
+    the last token that is no padding, and so of another one.
+
+    Args:
+        model: a reward model.
+        last_tokens: of some of the run's replies.
+    """
+    token = unwrap(model).config.get_text_config().pad_token_id  # type: ignore[union-attr, operator]
+    if token not in last_tokens:
+        return ""
+    return (
+        f"replies end with token {token}, which is the model's pad_token_id: transformers would read their "
+        "reward one token before the end. Set pad_token_id, in the config and in the tokenizer, to a token "
+        "that no reply ends with, such as the one that begins a text"
+    )
+
+
 def load_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
     """The configuration of a folder or hub id, or from fields (`{"model_type": "llama", ...}`)."""
     if isinstance(source, dict):
@@ -110,13 +181,59 @@ def load_model(
     """
     config = load_config(source)
     if isinstance(source, dict):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            try:
-                return AutoModelForCausalLM.from_config(config, dtype=dtype)
-            except (ValueError, TypeError, RuntimeError) as error:
-                problem = str(error).strip().splitlines()[0][:300]
-                raise InputError(f"no causal LM can be made: {problem}", field="model.config") from error
+        return _random(AutoModelForCausalLM, "causal LM", config, dtype, seed)
+    model, missing, misshapen = _saved(AutoModelForCausalLM, source, config, dtype, seed)
+    _refuse_lacking(missing | misshapen, source)
+    return model
+
+
+def load_reward_model(
+    source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[PreTrainedModel, str]:
+    """A reward model, that is a body with a value head (AutoModelForSequenceClassification, one label).
+
+    Args:
+        source: folder or hub id of a reward model, or of a causal LM, which gets a new value head; or
+            configuration fields with `model_type`.
+        dtype: dtype of the weights.
+        seed: for random weights, a new value head's among them; the global generator is left as it was.
+
+    Returns:
+        The model, and what a run should say of its value head where that is new, else "".
+
+    Raises:
+        InputError: as `load_model`; or the family has no such class; or the head has several labels.
+    """
+    config = load_config(source)
+    config.num_labels = 1
+    if isinstance(source, dict):
+        model = _random(AutoModelForSequenceClassification, "reward model", config, dtype, seed)
+        value_head(model)
+        return model, f"the reward model is new: random weights of seed {seed}"
+    model, missing, misshapen = _saved(AutoModelForSequenceClassification, source, config, dtype, seed)
+    of_head = {f"{_VALUE_HEAD}.{name}" for name, _ in value_head(model).named_parameters()}
+    is_new = of_head <= missing
+    _refuse_lacking((missing - of_head if is_new else missing) | misshapen, source)
+    return model, f"{source} has no value head: a new one is trained, random of seed {seed}" if is_new else ""
+
+
+def _random(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return kind.from_config(config, dtype=dtype)
+        except (ValueError, TypeError, RuntimeError) as error:
+            problem = _first_line(error)[:300]
+            raise InputError(f"no {name} can be made: {problem}", field="model.config") from error
+
+
+def _saved(
+    kind: Any, source: str | Path, config: PretrainedConfig, dtype: torch.dtype, seed: int
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """A model of a folder or hub id, and the names of the tensors that it lacks, and has in other shapes.
+
+    Both are filled with random numbers of the seed.
+    """
     folder = Path(source)
     if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         raise InputError(
@@ -125,22 +242,29 @@ def load_model(
             field="model.path",
             mend="Save the model with save_pretrained(); pickled weights (*.bin, *.pt) are never loaded.",
         )
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(_first_line(error), file=source, field="model.path") from error
-    model, found = loaded
-    lacking = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if lacking:
+    options = {"trust_remote_code": False, "use_safetensors": True}
+    # So that the callers can refuse them by name.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model, found = kind.from_pretrained(source, config=config, dtype=dtype, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(_first_line(error), file=source, field="model.path") from error
+    # Of what has another shape, transformers says (name, found, expected).
+    misshapen = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
+    return model, set(found["missing_keys"]), misshapen
+
+
+def _refuse_lacking(names: set[str], source: str | Path) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:3])
         raise InputError(
-            f"the weights lack {len(lacking)} tensors or have them in other shapes: {', '.join(lacking[:3])}",
+            f"the weights lack {len(names)} tensors or have them in other shapes: {some}",
             file=source,
             field="model.path",
             mend="transformers would fill them with random numbers; save the model again, whole.",
         )
-    return model
 
 
 def embedded_tokens(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
@@ -13,8 +14,16 @@ from torch import nn
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.examples import PairTokens
-from dpo_kit.models import check_length
+from dpo_kit.examples import Example, shape_of
+from dpo_kit.losses import Objective
+from dpo_kit.models import (
+    check_length,
+    disable_dropout,
+    load_model,
+    load_reward_model,
+    output_head,
+    value_head,
+)
 from dpo_kit.packing import Layout
 from dpo_kit.scoring import backend_difference, choose_layout
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
@@ -23,15 +32,20 @@ from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 _PROBE_ROWS = 256
 
 
-def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig) -> Any:
-    """Rows of text -> rows of ids; rows of ids as they are; several data sets by name, each for itself."""
+def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig, objective: Objective) -> Any:
+    """Rows of text -> rows of ids; rows of ids as they are; several data sets by name, each for itself.
+
+    Raises:
+        InputError: no rows, no tokenizer for text, or rows of a kind that the objective cannot learn from.
+    """
     if isinstance(dataset, dict):
-        return {name: tokenized(part, tokenizer, args) for name, part in dataset.items()}
+        return {name: tokenized(part, tokenizer, args, objective) for name, part in dataset.items()}
     if dataset is None:
         return None
     if not isinstance(dataset, Dataset) or not len(dataset):
         got = "an empty one" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise InputError(f"expected a datasets.Dataset with pairs, got {got}", field="train_dataset")
+    objective.check_shape(shape_of(dataset.column_names))
     if "prompt_ids" in dataset.column_names:
         return dataset
     if tokenizer is None:
@@ -46,6 +60,33 @@ def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig) -> Any:
     return found.dataset
 
 
+def prepared_policy(model: str | Path | nn.Module, peft_config: Any, *, rewards: bool) -> nn.Module:
+    """The model that is trained: loaded where it is none yet, with its adapter, without dropout.
+
+    Args:
+        model: a model, or a folder or hub id.
+        peft_config: of an adapter, or None.
+        rewards: whether it is a reward model.
+
+    Raises:
+        InputError: it has no head that could be trained.
+    """
+    if not isinstance(model, nn.Module):
+        model = load_reward_model(model)[0] if rewards else load_model(model)
+    policy = own_forward(model)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        policy = get_peft_model(policy, peft_config)
+    if disable_dropout(policy):
+        warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=3)
+    if rewards:
+        value_head(policy)
+    else:
+        output_head(policy)
+    return policy
+
+
 def own_forward(model: nn.Module) -> nn.Module:
     """The model without the autocast that an earlier trainer wrapped around its forward."""
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
@@ -55,7 +96,7 @@ def settle_layout(
     models: Sequence[nn.Module],
     dataset: Dataset,
     args: PreferenceConfig,
-    to_pair: Callable[[dict[str, Any]], PairTokens],
+    to_example: Callable[[dict[str, Any]], Example],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Layout:
     """The tree where every model may be trusted with it; see `scoring.choose_layout`.
@@ -66,7 +107,7 @@ def settle_layout(
         models: policy and, where it is another model, reference.
         dataset: tokenised; its first rows and its longest are what is looked at.
         args: layout says what is wanted, max_length stands in messages.
-        to_pair: row -> pair.
+        to_example: row -> what is trained on.
         autocast: what the models run in.
 
     Raises:
@@ -79,7 +120,7 @@ def settle_layout(
     if args.layout == "padded":
         return "padded"
     rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[place]]
-    pairs = [to_pair(row) for row in rows]
+    pairs = [to_example(row) for row in rows]
     reasons = [
         reason
         for layout, reason in (choose_layout(m, pairs, args.backend) for m in models)

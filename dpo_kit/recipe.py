@@ -46,9 +46,14 @@ class ModelSection(Section):
 class ReferenceSection(Section):
     """The frozen model that the policy is compared with."""
 
-    mode: Literal["auto", "live", "none"] = Field("auto", description="auto: live where the loss needs one")
+    mode: Literal["auto", "live", "adapter_off", "adapter", "cached", "moving", "none"] = Field(
+        "auto", description="auto: cached where the loss allows it, none where it needs no reference"
+    )
     path: str | None = Field(None, description="default: the policy as it was before the first step")
-    cache_dir: str | None = Field(None, description="kept for the cached reference")
+    cache_dir: str | None = Field(None, description="default $DPO_KIT_CACHE or ~/.cache/dpo_kit")
+    adapter: str | None = Field(None, description="mode adapter: its folder, or its name in the policy")
+    update_every: int = Field(512, ge=1, description="mode moving (TR-DPO): steps between two updates")
+    update_weight: float = Field(0.6, gt=0, le=1, description="of the policy in an update; 1 replaces")
 
 
 class DataSection(Section):
@@ -161,6 +166,10 @@ class Recipe(Section):
             "output_dir": "runs/my-run",
             "loss": self.loss,
             "reference_mode": self.reference.mode,
+            "reference_cache_dir": self.reference.cache_dir,
+            "reference_adapter": self.reference.adapter,
+            "reference_update_every": self.reference.update_every,
+            "reference_update_weight": self.reference.update_weight,
             "max_length": self.data.max_length,
             "overlong": self.data.overlong,
         }
@@ -177,6 +186,10 @@ class Recipe(Section):
 _ELSEWHERE = {
     "loss": "loss",
     "reference_mode": "reference.mode",
+    "reference_cache_dir": "reference.cache_dir",
+    "reference_adapter": "reference.adapter",
+    "reference_update_every": "reference.update_every",
+    "reference_update_weight": "reference.update_weight",
     "max_length": "data.max_length",
     "overlong": "data.overlong",
 }
@@ -260,10 +273,6 @@ def _check_together(recipe: Recipe) -> None:
     if model.quantization is not None:
         raise InputError(
             "quantised training is not supported yet", field="model.quantization", mend="Set it to null."
-        )
-    if recipe.reference.cache_dir is not None:
-        raise InputError(
-            "the reference cache is not supported yet", field="reference.cache_dir", mend="Set it to null."
         )
 
 

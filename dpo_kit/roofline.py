@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_kit.examples import PairTokens, sequences_of
+from dpo_kit.examples import Example, sequences_of
 from dpo_kit.models import load_model, output_head, unwrap
 from dpo_kit.tree import build_tree
 
@@ -68,7 +68,7 @@ class _Passes:
 
 
 def count_work(
-    pairs: Sequence[PairTokens], batch_size: int, model: Model, reference: Model | bool = True
+    pairs: Sequence[Example], batch_size: int, model: Model, reference: Model | bool = True
 ) -> Work:
     """Tokens and least arithmetic of training on pairs, so many a step, in their order.
 

@@ -25,7 +25,8 @@ from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.rewards import RewardFunction
 from dpo_kit.evaluation.sampling import Prompt, Sample, encode_prompts, sample_replies
-from dpo_kit.models import check_length, embedded_tokens, load_model
+from dpo_kit.losses import make_objective
+from dpo_kit.models import check_length, embedded_tokens, load_model, load_reward_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import (
@@ -38,7 +39,8 @@ from dpo_kit.run_folder import (
     write_text,
 )
 from dpo_kit.sft import check_corpus, train_sft
-from dpo_kit.tokenization import TokenizedPairs, load_tokenizer, longest_sequence, tokenize_pairs
+from dpo_kit.tokenization import TokenizedPairs, longest_sequence, tokenize_pairs
+from dpo_kit.tokenizer import load_tokenizer
 from dpo_kit.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
@@ -96,8 +98,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     evaluation = _prepare_evaluation(recipe)
     rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
     figures: dict[str, Any] = {}
+    start = None if recipe.sft is None else folder / "sft" / "model"
     if recipe.sft is None:
-        parts = prepare(recipe, config, rows, evaluation, None, say)
+        parts = prepare(recipe, config, rows, evaluation, start, say)
         _open_folder(folder, resume, say)
     else:
         check_corpus(recipe)
@@ -106,7 +109,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             say("training the policy on the corpus")
             train_sft(recipe.sft, recipe, folder / "sft")
         figures |= json.loads((folder / "sft" / "figures.json").read_text())
-        parts = prepare(recipe, config, rows, evaluation, folder / "sft" / "model", say)
+        parts = prepare(recipe, config, rows, evaluation, start, say)
     policy, tokenizer, data, trainer = parts
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
@@ -114,8 +117,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     checkpoint = newest_checkpoint(folder) if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
-    start = _start_of(trainer, recipe, policy, bool(evaluation.prompts))
-    evaluation.before = _sample(start, tokenizer, evaluation, recipe, say, "before")
+    # The policy is not trained yet, nor is the checkpoint loaded that the run goes on from.
+    evaluation.before = _sample(policy, tokenizer, evaluation, recipe, say, "before")
     figures |= _train(trainer, checkpoint, say)
     figures |= _measure(trainer, start, tokenizer, evaluation, recipe, data["eval"], say)
     written = folder / ".model.writing"
@@ -144,7 +147,7 @@ def prepare(
     say: Say,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
     """Policy, tokenizer, tokenised data and trainer, checked against each other."""
-    policy, tokenizer = _start_policy(recipe, start)
+    policy, tokenizer = _start_policy(recipe, start, say)
     data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
     longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
     check_length(policy, config.max_length, longest)
@@ -156,6 +159,8 @@ def prepare(
 
 
 def _prepare_evaluation(recipe: Recipe) -> Evaluation:
+    if recipe.eval.prompts and make_objective(recipe.loss).needs_rewards:
+        raise InputError("a reward model writes no replies", field="eval.prompts", mend="Set it to null.")
     prompts = load_prompts(recipe.eval.prompts, recipe.eval.max_prompts) if recipe.eval.prompts else []
     reward = load_reward(recipe.eval.reward) if recipe.eval.reward else None
     return Evaluation(prompts, reward)
@@ -173,15 +178,20 @@ def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
     return rows
 
 
-def _start_policy(recipe: Recipe, start: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _start_policy(
+    recipe: Recipe, start: Path | None, say: Say = lambda line: None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy before the first preference step, and its tokenizer; `start` holds both after SFT."""
-    dtype = getattr(torch, recipe.model.dtype)
-    if start is not None:
-        return load_model(start, dtype), load_tokenizer(start)
-    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
-    source = recipe.model.path if recipe.model.path is not None else recipe.model.config
+    tokenizer = load_tokenizer(str(start or recipe.model.tokenizer or recipe.model.path))
+    source = start or recipe.model.path or recipe.model.config
     assert source is not None
-    policy = load_model(source, dtype, seed=int(recipe.train.get("seed", 42)))
+    dtype, seed = getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42))
+    if make_objective(recipe.loss).needs_rewards:
+        policy, about = load_reward_model(source, dtype, seed)
+        if about:
+            say(about)
+    else:
+        policy = load_model(source, dtype, seed)
     rows = embedded_tokens(policy)
     if len(tokenizer) > rows:
         raise InputError(
@@ -227,14 +237,11 @@ def _make_trainer(
             lora = LoraConfig(**({"task_type": "CAUSAL_LM"} | recipe.model.lora))
         except (TypeError, ValueError) as error:
             raise InputError(str(error), field="model.lora") from error
-    reference = None
-    if recipe.reference.path is not None:
-        reference = load_model(recipe.reference.path, getattr(torch, recipe.model.dtype))
     train, held_out = data["train"], data["eval"]
     try:
         return PreferenceTrainer(
             policy,
-            reference,
+            recipe.reference.path,
             config,
             train.dataset if train else None,
             held_out.dataset if held_out else None,
@@ -245,19 +252,6 @@ def _make_trainer(
         # What transformers and peft refuse of the settings handed on to them.
         field = "train or model.lora" if lora else "train"
         raise InputError(str(error).strip().splitlines()[0], field=field) from error
-
-
-def _start_of(
-    trainer: PreferenceTrainer, recipe: Recipe, policy: PreTrainedModel, sampled: bool
-) -> PreTrainedModel | None:
-    """The policy as it is before training, for samples and KL; the reference where that is the same."""
-    if not sampled:
-        return None
-    if trainer.reference.is_policy:
-        return trainer.reference.model  # type: ignore[return-value]
-    import copy
-
-    return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 def _sample(
@@ -301,7 +295,7 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dic
 
 def _measure(
     trainer: PreferenceTrainer,
-    start: Any,
+    start: Path | None,
     tokenizer: PreTrainedTokenizerBase,
     evaluation: Evaluation,
     recipe: Recipe,
@@ -321,8 +315,10 @@ def _measure(
         return figures
     evaluation.after = _sample(trainer.model, tokenizer, evaluation, recipe, say, "after")
     if recipe.eval.temperature == 1.0 and recipe.eval.top_p == 1.0:
-        kl = sequence_kl(trainer.model, start, evaluation.after)  # type: ignore[arg-type]
-        figures["eval/kl"] = float(kl.mean())
+        # Read again, so that no second model is in memory while the policy is trained.
+        policy, _ = _start_policy(recipe, start)
+        policy.to(trainer.args.device).eval()  # type: ignore[arg-type]
+        figures["eval/kl"] = float(sequence_kl(trainer.model, policy, evaluation.after).mean())  # type: ignore[arg-type]
     rewards = _rewards(evaluation)
     for name, values in rewards.items():
         figures[f"eval/reward_{name}"] = sum(values) / len(values)

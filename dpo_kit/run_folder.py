@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dpo_kit.checkpoints import put_aside
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
+from dpo_kit.fingerprint import digest_weights
 
 _PACKAGES = ("dpo-kit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
@@ -50,7 +51,7 @@ _TRAIN = (
     "group_by_prompt",
 )
 _FIXED = ("model", "reference", "data", "sft", "loss", *(f"train.{name}" for name in _TRAIN))
-_FREE = ("data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
+_FREE = ("reference.cache_dir", "data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
 
 
 def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
@@ -65,7 +66,12 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
     if not (folder / "recipe.yaml").exists():
         return
     # What a folder of an earlier version does not say.
-    before = {"train.group_by_prompt": False}
+    before = {
+        "train.group_by_prompt": False,
+        "reference.adapter": None,
+        "reference.update_every": 512,
+        "reference.update_weight": 0.6,
+    }
     before |= _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     now = _flat(resolved)
     for key in sorted(before.keys() | now.keys()):
@@ -159,15 +165,6 @@ def describe_environment(
             if dataset is not None
         },
     }
-
-
-def digest_weights(model: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and values of a model's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _digest_rows(dataset: Dataset) -> str:

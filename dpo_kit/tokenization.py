@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kit.cache_folder import cache_folder
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns
@@ -162,7 +163,7 @@ def tokenize_pairs(
     key = _cache_key(rows, tokenizer, policy, template_kwargs)
     mapped = _map_cached(
         rows,
-        _tokens_folder(cache_dir) / f"{key}.arrow",
+        cache_folder(cache_dir, "tokens") / f"{key}.arrow",
         num_proc,
         batched=True,
         batch_size=ROWS_PER_BATCH,
@@ -298,11 +299,6 @@ def _environment_kept() -> Iterator[None]:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _tokens_folder(cache_dir: str | Path | None) -> Path:
-    root = cache_dir or os.environ.get("DPO_KIT_CACHE") or Path.home() / ".cache" / "dpo_kit"
-    return Path(root).expanduser() / "tokens"
 
 
 def _cache_key(

@@ -9,11 +9,10 @@ plan's (packing.py); the optimiser, schedules, logging and checkpoints are trans
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,37 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
-from dpo_kit.callbacks import BeforeFirstStep, MetricsFile, Progress
+from dpo_kit.callbacks import At, MetricsFile, Progress
 from dpo_kit.capacity import measured_budget
-from dpo_kit.checkpoints import name_whole, newest_checkpoint, put_aside
+from dpo_kit.checkpoints import CheckpointingTrainer
 from dpo_kit.checks import STOPPED, check_finite, check_step_zero
 from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.dealing import PromptGroups, TokenRows
+from dpo_kit.dealing import PromptGroups
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
-from dpo_kit.examples import PairTokens
+from dpo_kit.filling import Filled, fill, first_rows
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.losses import LogProbs, Objective, make_objective
-from dpo_kit.metrics import WeightedMeans, pair_metrics
-from dpo_kit.models import disable_dropout, load_model, output_head, tree_attention
+from dpo_kit.metrics import DisplacementWatch, WeightedMeans, pair_metrics
+from dpo_kit.models import (
+    tree_attention,
+)
 from dpo_kit.packing import Layout, MicroBatch, plan_step
-from dpo_kit.preparation import own_forward, settle_layout, tokenized
-from dpo_kit.reference import Reference, make_reference
-from dpo_kit.scoring import sequence_logprobs
+from dpo_kit.planning import Planner
+from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, tokenized
+from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
+from dpo_kit.step import CoupledStep, Scorer, as_leaves, carried_on
 
 # Pairs on which it is measured what a token takes of the memory.
 _CAPACITY_PAIRS = 16
 
-# Tokens computed, tokens of separate sequences, pairs and seconds so far: a resumed run counts on.
-_COUNTS_FILE = "counts.json"
+# Relative difference of a sequence's log-prob between a policy and a reference of the same weights:
+# (low precision, computed in other micro-batches) -> what is allowed.
+_ROUNDING = {(False, False): 1e-5, (False, True): 5e-5, (True, False): 1e-3, (True, True): 5e-2}
 
 
 def _divisor(weights: Tensor) -> Tensor:
@@ -55,7 +58,7 @@ def _divisor(weights: Tensor) -> Tensor:
     return torch.where(weights > 0, weights, torch.ones_like(weights))
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(CheckpointingTrainer):
     """Train a policy on preference pairs.
 
     Args:
@@ -93,38 +96,30 @@ class PreferenceTrainer(Trainer):
         args.auto_tokens = None
         self.objective: Objective = make_objective(args.loss)
         train_dataset, eval_dataset = (
-            tokenized(data, processing_class, args) for data in (train_dataset, eval_dataset)
+            tokenized(data, processing_class, args, self.objective) for data in (train_dataset, eval_dataset)
         )
-        policy = own_forward(model if isinstance(model, nn.Module) else load_model(model))
-        self.reference = self._make_reference(policy, ref_model, args)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, peft_config)
-        if disable_dropout(policy):
-            warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=2)
-        output_head(policy)
+        policy = prepared_policy(model, peft_config, rewards=self.objective.needs_rewards)
         if isinstance(train_dataset, Dataset) and len(train_dataset) < args.per_device_train_batch_size:
             message = (
                 f"the data has {len(train_dataset)} pairs, fewer than one step takes ({args.batch_size})"
             )
             warnings.warn(message, DpoKitWarning, stacklevel=2)
+        self._planner = Planner(args, self.objective)
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
-        self._tokens = self._separate_tokens = self._pairs = 0
+        self._displacement = DisplacementWatch()
         self._stepped = False
-        self._seconds, self._began = 0.0, 0.0
         self._logged_at, self._logged_pairs = time.perf_counter(), 0
         super().__init__(
             model=policy,
             args=args,
-            data_collator=self._plan,
+            data_collator=self._planner,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[
                 MetricsFile(),
                 Progress(),
-                BeforeFirstStep(self._settle_token_budget),
+                At(before_first_step=self._settle_token_budget, after_step=self._after_step),
                 *(callbacks or []),
             ],
             optimizers=optimizers,
@@ -133,29 +128,39 @@ class PreferenceTrainer(Trainer):
             self.remove_callback(replaced)
         # The mean over a step's pairs is taken in training_step.
         self.model_accepts_loss_kwargs = False
+        self.reference = self._make_reference(ref_model)
         if self.reference.model is not None:
             self.reference.model.to(args.device)
-        self.layout: Layout = "padded"
+        self.filled = Filled()
+        metrics = tuple(args.token_metrics)
+        self._scorer = Scorer(self.objective, self.reference, self.accelerator.autocast, metrics)
+        self._planner.with_keys = self.reference.needs_keys
         self._settle_layout(train_dataset if train_dataset is not None else eval_dataset)
         if args.compile_blocks:
             for compiled in filter(None, (self._policy, self.reference.model)):
                 compile_blocks(compiled)
 
-    def _make_reference(self, policy: nn.Module, given: Any, args: PreferenceConfig) -> Reference:
+    def _make_reference(self, given: Any) -> Reference:
+        args, policy, objective = self.args, self._policy, self.objective
         if given is policy:
             raise InputError(
                 "the reference is the very object that is trained",
                 field="ref_model",
-                mend="Leave it out: the reference is then a frozen copy of the policy.",
+                mend="Leave it out: the reference is then the policy as it was before the first step.",
             )
-        needed = self.objective.needs_reference
-        if not needed and args.reference_mode == "auto":
-            given = None
-        if isinstance(given, (str, Path)):
-            given = load_model(given, dtype=next(policy.parameters()).dtype)
-        if isinstance(given, nn.Module):
-            given = own_forward(given)
-        return make_reference(args.reference_mode, policy, needed=needed, given=given)
+        return make_reference(
+            args.reference_mode,
+            policy,
+            needed=objective.needs_reference,
+            given=own_forward(given) if isinstance(given, nn.Module) else given,
+            cacheable="reference_kl" not in objective.extras,
+            tokens=objective.needs_reference_tokens,
+            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            cache_dir=args.reference_cache_dir,
+            adapter=args.reference_adapter,
+            update_every=args.reference_update_every,
+            update_weight=args.reference_update_weight,
+        )
 
     def _settle_layout(self, dataset: Any) -> None:
         """The tree where both models may be trusted with it; see `scoring.choose_layout`.
@@ -170,9 +175,14 @@ class PreferenceTrainer(Trainer):
         policy, reference = self._policy, self.reference
         # A copy of the policy needs no check of its own.
         others = [] if reference.model is None or reference.is_policy else [reference.model]
-        self.layout = settle_layout(
-            [policy, *others], dataset, self.args, self._pair, self.accelerator.autocast
+        self._planner.layout = settle_layout(
+            [policy, *others], dataset, self.args, self._planner.example, self.accelerator.autocast
         )
+
+    @property
+    def layout(self) -> Layout:
+        """How micro-batches are laid out: "tree" or "padded"."""
+        return self._planner.layout
 
     def _settle_token_budget(self) -> None:
         """On CUDA, "auto" is what the free memory allows; the same on all ranks."""
@@ -181,7 +191,7 @@ class PreferenceTrainer(Trainer):
         # A sharded model takes other memory than what one rank can measure alone.
         if fixed or self.is_fsdp_enabled or self.is_deepspeed_enabled or len(data) < 2:  # type: ignore[arg-type]
             return
-        pairs = [self._pair(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]  # type: ignore[union-attr, arg-type]
+        pairs = [self._planner.example(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]  # type: ignore[union-attr, arg-type]
         with self.accelerator.autocast(), self._attention(self._policy):
             fit = measured_budget(
                 self._policy.train(),
@@ -190,17 +200,25 @@ class PreferenceTrainer(Trainer):
             )
         args.auto_tokens = int(self.accelerator.gather(torch.tensor([fit], device=args.device)).min())
 
-    def _pair(self, row: dict[str, Any]) -> PairTokens:
-        return PairTokens.from_row(row, with_rejected=self.objective.needs_rejected)
+    def fill_reference(self, dataset: Any = None) -> None:
+        """Have a cached reference compute what it lacks; does nothing with another one.
 
-    def _plan(self, rows: Sequence[dict[str, Any]]) -> dict[str, list[MicroBatch]]:
-        """The collator: rows of one step -> its micro-batches."""
-        pairs = [self._pair(row) for row in rows]
-        return {"micro_batches": plan_step(pairs, self.args.token_budget, self.layout, self.args.backend)}
+        Args:
+            dataset: tokenised, or several by name; default: the training data that the run comes to.
+        """
+        if not isinstance(self.reference, CachedReference):
+            return
+        places = None
+        if dataset is None:
+            dataset, pairs = self.train_dataset, self.args.max_steps * self.args.train_batch_size
+            if 0 < pairs < len(dataset) and self.args.world_size == 1:
+                places = first_rows(self.args.max_steps, lambda: self.get_train_dataloader().batch_sampler)  # type: ignore[arg-type, return-value]
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            fill(self.reference, part, places, self._planner, self.accelerator, self.filled)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """What the dataloaders read: the columns that a plan needs, without a Python object per token."""
-        return TokenRows(dataset)
+        return self._planner.rows_of(dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset
@@ -209,37 +227,44 @@ class PreferenceTrainer(Trainer):
             return PromptGroups(data, self.args.per_device_train_batch_size, seed)
         return super()._get_train_sampler(data)
 
-    def _log_probs(self, model: nn.Module, batch: MicroBatch) -> LogProbs:
-        """Score a micro-batch under policy and reference."""
-        # Both alike: transformers casts the prepared policy alone. The reference first, while the policy's
-        # activations do not take the memory yet.
-        with self.accelerator.autocast():
-            reference = self.reference.logprobs(batch)
-            policy = sequence_logprobs(model, batch)
-        return LogProbs(
-            policy=policy.sequences,
-            example=batch.sequence_example,
-            num_examples=batch.num_pairs,
-            shape=batch.shape,
-            reference=reference,
-            lengths=batch.lengths,
-            scores=batch.scores,
-            margins=batch.margins,
-            token_logps=policy.entries,
-            token_sequence=batch.entry_sequence,
-        )
-
     def _losses(self, model: nn.Module, batch: MicroBatch, split: str | None) -> Tensor:
-        """[P] loss of each pair; its metrics are taken in where they belong to a split."""
-        logps = self._log_probs(model, batch)
+        """[P] loss of each example; its metrics are taken in where they belong to a split."""
+        logps = self._scorer(model, batch)
         losses = self.objective(logps)
+        self._watch(logps, losses, batch.weights, batch.sources, split)
+        return losses
+
+    def _coupled(
+        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, split: str | None
+    ) -> CoupledStep:
+        """A whole step's losses, where one depends on the others; with a graph if it is one micro-batch."""
+        device, batches = self.args.device, inputs["micro_batches"]
+        strangers = inputs.get("mismatched")
+        mismatched = None if strangers is None else self._scorer.logratios(model, strangers, device)
+        alone = len(batches) == 1
+        parts = []
+        for planned in batches:
+            with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
+                logps = self._scorer(model, planned.to(device))
+            parts.append(logps if alone else as_leaves(logps))
+        # Held-out examples are coupled within what one rank evaluates at once.
+        ranks = self.args.world_size if split == "train" else 1
+        step = CoupledStep(self.objective, parts, weights, mismatched, self._counts.running, ranks)
+        sources = [source for batch in batches for source in batch.sources]
+        self._watch(step.logps, step.losses, weights, sources, split)
+        return step
+
+    def _watch(
+        self, logps: LogProbs, losses: Tensor, weights: Tensor, sources: Sequence[str], split: str | None
+    ) -> None:
         is_first = split == "train" and self.state.global_step == 0 and not self._stepped
         if is_first and self.reference.is_policy:
             low_precision = self.args.bf16 or self.args.fp16 or self._low_precision
-            check_step_zero(logps, batch.sources, allowed=1e-3 if low_precision else 1e-5)
+            # Cached values were computed in other micro-batches, and low precision rounds otherwise there.
+            rounding = _ROUNDING[low_precision, self.reference.needs_keys]
+            check_step_zero(logps, sources, allowed=rounding)
         if split is not None:
-            self._means[split].add(pair_metrics(logps, losses, self.objective.beta), batch.weights)
-        return losses
+            self._means[split].add(pair_metrics(logps, losses, self.objective.beta), weights)
 
     @property
     def _policy(self) -> nn.Module:
@@ -260,7 +285,13 @@ class PreferenceTrainer(Trainer):
         """Mean loss of a planned batch with its graph, all micro-batches at once (for inspection)."""
         batches = [batch.to(self.args.device) for batch in inputs["micro_batches"]]
         weights = torch.cat([batch.weights for batch in batches])
-        losses = torch.cat([self._losses(model, batch, None) for batch in batches])
+        if self.objective.couples_examples:
+            parts = [self._scorer(model, batch) for batch in batches]
+            strangers = inputs.get("mismatched")
+            mismatched = strangers and self._scorer.logratios(model, strangers, self.args.device)
+            losses = CoupledStep(self.objective, parts, weights, mismatched, self._counts.running).losses
+        else:
+            losses = torch.cat([self._losses(model, batch, None) for batch in batches])
         loss = (losses * weights).sum() / _divisor(weights.sum())
         return (loss, {"losses": losses}) if return_outputs else loss
 
@@ -282,19 +313,29 @@ class PreferenceTrainer(Trainer):
             # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
             weight = self.accelerator.reduce(weight, "mean")
         weight = _divisor(weight)
+        step, gradients = None, []
+        if self.objective.couples_examples:
+            with self._attention(model):
+                step = self._coupled(model, inputs, weights, "train")
+            self._counts.running = step.running
+            gradients = step.gradients(weight) if len(batches) > 1 else []
         step_losses: list[Tensor] = []
         for place, planned in enumerate(batches):
             batch = planned.to(self.args.device)
             is_last = place == len(batches) - 1
             with self._attention(model), self._sync(model, is_last):
-                losses = self._losses(model, batch, "train")
-                self.accelerator.backward((losses * batch.weights).sum() / weight)
-            step_losses.append(losses.detach())
-            self._tokens += batch.num_tokens
-            self._separate_tokens += batch.num_separate_tokens
-            self._pairs += batch.num_pairs
+                if step is None:
+                    losses = self._losses(model, batch, "train")
+                    loss = (losses * batch.weights).sum() / weight
+                    step_losses.append(losses.detach())
+                elif gradients:
+                    loss = carried_on(self._scorer(model, batch), gradients[place])
+                else:
+                    loss = step.loss(weight)
+                self.accelerator.backward(loss)
+            self._counts.add(batch)
         self._stepped = True
-        losses = torch.cat(step_losses)
+        losses = torch.cat(step_losses) if step is None else step.losses.detach()
         sources = [source for batch in batches for source in batch.sources]
         check_finite(sources, losses, f"at step {self.state.global_step + 1}")
         return (losses * weights).sum() / weight
@@ -324,14 +365,21 @@ class PreferenceTrainer(Trainer):
         return WeightedMeans.means(names, state)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add preference metrics and speed to a line of training logs."""
+        """Add preference metrics and speed to a line of training logs; warn where it goes wrong."""
         if "loss" in logs and "learning_rate" in logs:
-            now, pairs = time.perf_counter(), self._pairs - self._logged_pairs
+            now, pairs = time.perf_counter(), self._counts.pairs - self._logged_pairs
             logs |= self._take_means("train")
-            logs["num_tokens"] = self._tokens
+            if advice := self._displacement.advice(logs):
+                warnings.warn(f"step {self.state.global_step}: {advice}", DpoKitWarning, stacklevel=2)
+            logs["num_tokens"] = self._counts.tokens
             logs["pairs_per_second"] = pairs * self.args.world_size / max(now - self._logged_at, 1e-9)
-            self._logged_at, self._logged_pairs = now, self._pairs
+            self._logged_at, self._logged_pairs = now, self._counts.pairs
         super().log(logs, start_time)
+
+    @property
+    def pairs_seen(self) -> int:
+        """Pairs trained on so far, over all ranks."""
+        return self._counts.pairs * self.args.world_size
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
@@ -343,54 +391,43 @@ class PreferenceTrainer(Trainer):
         Raises:
             InputError: there is none.
         """
-        if resume_from_checkpoint is True:
-            newest = newest_checkpoint(Path(str(self.args.output_dir)))
-            if newest is None:
-                raise InputError("there is no checkpoint to resume from", file=self.checkpoint_folder)
-            resume_from_checkpoint = str(newest)
-        if resume_from_checkpoint and (counts := Path(resume_from_checkpoint) / _COUNTS_FILE).exists():
-            self._tokens, self._separate_tokens, self._pairs, self._seconds = json.loads(counts.read_text())
-            self._logged_pairs = self._pairs
-        self._began = time.perf_counter()
-        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))):
-            return done
-        if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
-            put_aside(self.checkpoint_folder)
         on_cpu = self.args.device.type == "cpu"
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+            # Before a checkpoint is loaded: the policy may be what the reference is.
+            self.fill_reference()
+            if self.eval_dataset is not None and self.args.eval_strategy != "no":
+                self.fill_reference(self.eval_dataset)
+            return super().train(resume_from_checkpoint, **keywords)
 
-    def _finished(self, checkpoint: Path) -> TrainOutput | None:
-        """Load a checkpoint that has all its steps: transformers would train one more in mid-epoch."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not 0 < self.args.max_steps <= state.global_step:
-            return None
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = state
-        return TrainOutput(state.global_step, 0.0, {"train_loss": 0.0})
+    def _load_more(self, folder: Path) -> None:
+        super()._load_more(folder)
+        self._logged_pairs = self._counts.pairs
+        if isinstance(self.reference, MovingReference):
+            self.reference.load(folder)
 
-    @property
-    def train_seconds(self) -> float:
-        """Time in `train` so far, that of the runs it was resumed from included."""
-        return self._seconds + (time.perf_counter() - self._began if self._began else 0.0)
+    def _save_more(self, folder: Path) -> None:
+        super()._save_more(folder)
+        if isinstance(self.reference, MovingReference):
+            self.reference.save(folder)
 
-    @property
-    def pairs_seen(self) -> int:
-        """Pairs trained on so far, over all ranks."""
-        return self._pairs * self.args.world_size
+    def _after_step(self, step: int) -> None:
+        if isinstance(self.reference, MovingReference):
+            self.reference.after_step(self._policy, step)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As transformers has it, for rows of text too; the layout is settled where it was not yet."""
+        """As transformers has it, for rows of text too; layout and reference are settled if they were not."""
         if isinstance(eval_dataset, Dataset):
-            eval_dataset = tokenized(eval_dataset, self.processing_class, self.args)
+            eval_dataset = tokenized(eval_dataset, self.processing_class, self.args, self.objective)
             if not self._settled:
                 self._settle_layout(eval_dataset)
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.fill_reference(self.eval_dataset[data] if isinstance(data, str) else data)  # type: ignore[index]
         return super().get_eval_dataloader(eval_dataset)
 
     @property
     def tokens_saved_share(self) -> float:
         """Share of the tokens of separate sequences that the tree did not have to compute."""
-        return 1 - self._tokens / self._separate_tokens if self._separate_tokens else 0.0
+        return self._counts.saved_share
 
     def evaluation_loop(
         self,
@@ -406,47 +443,26 @@ class PreferenceTrainer(Trainer):
         started, pairs = time.perf_counter(), 0
         with torch.no_grad():
             for inputs in dataloader:
-                for planned in inputs["micro_batches"]:
-                    batch = planned.to(self.args.device)
-                    check_finite(batch.sources, self._losses(model, batch, "eval"), "in evaluation")
-                    pairs += batch.num_pairs
+                for sources, losses in self._held_out(model, inputs):
+                    check_finite(sources, losses, "in evaluation")
+                    pairs += len(losses)
         self._logged_at += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._take_means("eval").items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)  # type: ignore[arg-type]
+
+    def _held_out(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
+        """Where they come from and their losses, of each micro-batch, or of all at once."""
+        batches: list[MicroBatch] = inputs["micro_batches"]
+        if self.objective.couples_examples:
+            weights = torch.cat([batch.weights for batch in batches]).to(self.args.device)
+            step = self._coupled(model, inputs, weights, "eval")
+            yield [source for batch in batches for source in batch.sources], step.losses
+            return
+        for planned in batches:
+            batch = planned.to(self.args.device)
+            yield batch.sources, self._losses(model, batch, "eval")
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six per parameter and distinct token, the reference's forward left out."""
         tokens = sum(batch.num_tokens for batch in inputs["micro_batches"])
         return 6 * tokens * sum(p.numel() for p in self._policy.parameters())
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        """Where checkpoints/step-N lie."""
-        return Path(str(self.args.output_dir)) / "checkpoints"
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoint_folder / ".writing")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it, so that a folder step-N is always whole."""
-        if not all(bool(torch.isfinite(p).all()) for p in self._policy.parameters() if p.requires_grad):
-            raise TrainingError(
-                f"the weights are not finite at step {self.state.global_step}, and are not saved. The newest "
-                "checkpoint is kept. A smaller learning rate or more warm-up may mend it."
-            )
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
-        step = self.state.global_step
-        written = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        final = self.checkpoint_folder / f"step-{step}"
-        counts = [self._tokens, self._separate_tokens, self._pairs, self.train_seconds]
-        (written / _COUNTS_FILE).write_text(json.dumps(counts))
-        name_whole(written, final, self.state)
-        rotate_checkpoints(
-            output_dir=str(self.checkpoint_folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            checkpoint_prefix="step",
-        )

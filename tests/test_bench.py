@@ -185,6 +185,7 @@ def trained(tmp_path_factory):
     config = PreferenceConfig(
         output_dir=str(tmp_path_factory.mktemp("trained")), batch_size=8, max_steps=3, bf16=False,
         tokens_per_micro_batch=600, save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        reference_mode="live",
     )  # fmt: skip
     model = make_model("llama", hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
     trainer = PreferenceTrainer(model, args=config, train_dataset=_dataset(rows))

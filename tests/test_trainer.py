@@ -130,7 +130,7 @@ def test_equals_trl(tmp_path):
 
 
 def test_first_step_starts_at_log_2_and_the_margin_grows(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=20, eval_dataset=make_dataset())
+    trainer = make_trainer(tmp_path, max_steps=20, eval_dataset=make_dataset(), reference_mode="live")
     trainer.train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21))
@@ -148,9 +148,11 @@ def test_first_step_starts_at_log_2_and_the_margin_grows(tmp_path):
     "loss", ["sft", "unlikelihood", "log_ratio", "dpo", [{"name": "dpo"}, {"name": "sft"}]]
 )
 def test_every_loss_falls_and_holds_a_reference_only_where_it_needs_one(tmp_path, loss):
-    trainer = make_trainer(tmp_path, max_steps=9, loss=loss, dataset=make_dataset(4))
+    needed = loss not in ("sft", "unlikelihood", "log_ratio")
+    mode = "live" if needed else "auto"
+    trainer = make_trainer(tmp_path, max_steps=9, loss=loss, dataset=make_dataset(4), reference_mode=mode)
     trainer.train()
-    assert (trainer.reference.model is None) == (loss in ("sft", "unlikelihood", "log_ratio"))
+    assert (trainer.reference.model is not None) == needed
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0]
 
@@ -201,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run(tmp_path):
-    trainer = make_trainer(tmp_path)
+    trainer = make_trainer(tmp_path, reference_mode="live")
     with torch.no_grad():
         trainer.reference.model.lm_head.weight[5] += 1
     with pytest.raises(TrainingError, match=r"at step 0 the policy must be the reference.*-\d.*-\d"):

@@ -23,7 +23,8 @@ from dpo_kit.bench.show import print_results
 from dpo_kit.bench.steps import StepWatch
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
-from dpo_kit.examples import PairTokens
+from dpo_kit.examples import Example
+from dpo_kit.losses import make_objective
 from dpo_kit.models import load_model, unwrap
 from dpo_kit.recipe import Recipe, make_training_config
 from dpo_kit.roofline import (
@@ -94,6 +95,10 @@ def run_bench(
                 f"{config.world_size} processes were started, and one is measured",
                 mend="Start it without torchrun or accelerate launch.",
             )
+        if config.reference_mode in ("auto", "cached") and make_objective(config.loss).needs_reference:
+            # Nothing is left in the cache, and nothing that lies there makes the reference look free.
+            config.reference_mode = "live"
+            say("the reference is measured live; a cached one takes no time once it is computed")
         memory = MemoryMeter(config.device)
         memory.release()
         before = memory.now()
@@ -197,7 +202,7 @@ def _model(trainer: PreferenceTrainer) -> dict[str, Any]:
     }
 
 
-def _work(trainer: PreferenceTrainer, pairs: Sequence[PairTokens]) -> Work:
+def _work(trainer: PreferenceTrainer, pairs: Sequence[Example]) -> Work:
     policy: Any = trainer.model
     return count_work(pairs, len(pairs), policy, trainer.reference.model or False)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dpo_kit.capacity import free_bytes
-from dpo_kit.examples import PairTokens
+from dpo_kit.examples import Example
 from dpo_kit.host_memory import release_freed_memory
-from dpo_kit.packing import cut_step, plan_step
+from dpo_kit.packing import MicroBatch, cut_step, plan_step
 from dpo_kit.run_folder import peak_memory_bytes
 from dpo_kit.trainer import PreferenceTrainer
 
@@ -145,7 +145,7 @@ def memory_parts(
 
 
 def what_fits(
-    trainer: PreferenceTrainer, memory: MemoryMeter, steps: Sequence[Sequence[PairTokens]]
+    trainer: PreferenceTrainer, memory: MemoryMeter, steps: Sequence[Sequence[Example]]
 ) -> dict[str, Any]:
     """How many tokens one micro-batch may have: estimated from what two of different size take.
 
@@ -195,15 +195,21 @@ def what_fits(
     }
 
 
-def _area(trainer: PreferenceTrainer, pairs: Sequence[PairTokens]) -> int:
+def _planned(trainer: PreferenceTrainer, pairs: Sequence[Example]) -> list[MicroBatch]:
+    """All pairs in one micro-batch."""
+    keys = trainer.reference.needs_keys
+    return plan_step(pairs, sys.maxsize, trainer.layout, trainer.args.backend, with_keys=keys)
+
+
+def _area(trainer: PreferenceTrainer, pairs: Sequence[Example]) -> int:
     """Tokens of pairs in one micro-batch, padding included."""
-    (batch,) = plan_step(pairs, sys.maxsize, trainer.layout, trainer.args.backend)
+    (batch,) = _planned(trainer, pairs)
     return batch.input_ids.numel()
 
 
-def _rise(trainer: PreferenceTrainer, memory: MemoryMeter, pairs: Sequence[PairTokens]) -> int:
+def _rise(trainer: PreferenceTrainer, memory: MemoryMeter, pairs: Sequence[Example]) -> int:
     """Bytes that forward and backward of one micro-batch take beyond what is held before."""
-    planned = {"micro_batches": plan_step(pairs, sys.maxsize, trainer.layout, trainer.args.backend)}
+    planned = {"micro_batches": _planned(trainer, pairs)}
     memory.release()
     memory.reset_peak()
     before = memory.now()

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from dpo_kit.bench.memory import MemoryMeter, bytes_of
 from dpo_kit.bench.profile import StepProfile
-from dpo_kit.examples import PairTokens
+from dpo_kit.examples import Example, example_of
 from dpo_kit.trainer import PreferenceTrainer
 
 
@@ -39,7 +39,7 @@ class StepWatch(TrainerCallback):
     def __init__(self, trainer: PreferenceTrainer, memory: MemoryMeter, warm_up: int, steps: int) -> None:
         self._memory, self._warm_up, self._last = memory, warm_up, warm_up + steps
         self._trainer = trainer
-        self._pairs: list[list[PairTokens]] = []
+        self._pairs: list[list[Example]] = []
         self._ended: list[float] = []
         self.peak_bytes = self.gradient_bytes = 0
         self.profile = StepProfile(trainer)
@@ -55,7 +55,7 @@ class StepWatch(TrainerCallback):
 
         def keep_and_step(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
             rows = inputs.pop("rows").rows
-            self._pairs.append([PairTokens.from_row(row, with_rejected=paired) for row in rows])
+            self._pairs.append([example_of(row, with_rejected=paired) for row in rows])
             return step(model, inputs, *rest, **named)
 
         # The data loader hands rows to the collator and its result to the step: nothing else sees both.
@@ -63,7 +63,7 @@ class StepWatch(TrainerCallback):
         trainer.training_step = keep_and_step  # type: ignore[method-assign]
 
     @property
-    def pairs(self) -> list[list[PairTokens]]:
+    def pairs(self) -> list[list[Example]]:
         return self._pairs[self._warm_up : self._last]
 
     @property

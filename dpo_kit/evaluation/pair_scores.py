@@ -1,20 +1,55 @@
-"""Log-probs of both replies of every pair under one model."""
+"""Log-probs of examples under one model: of many of them in turn, and of both replies of every pair."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
 
 from dpo_kit.attention import attention_backend
-from dpo_kit.examples import PairTokens
-from dpo_kit.packing import Layout, plan_step
-from dpo_kit.scoring import choose_layout, sequence_logprobs
+from dpo_kit.examples import Example, PairTokens
+from dpo_kit.packing import Layout, MicroBatch, plan_step
+from dpo_kit.scoring import SequenceLogProbs, choose_layout, sequence_logprobs
 
 # Pairs that are planned together: many enough that like prompts meet, few enough to hold.
 _PAIRS_AT_ONCE = 256
+
+
+def score_examples(
+    model: nn.Module,
+    lots: Iterable[list[Example]],
+    plan: Callable[[list[Example]], list[MicroBatch]],
+    device: torch.device,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Iterator[tuple[MicroBatch, SequenceLogProbs]]:
+    """Score examples, lot by lot.
+
+    Args:
+        model: a causal LM on the device; in eval mode meanwhile.
+        lots: examples that are planned together.
+        plan: a lot -> micro-batches, each example in one of them.
+        device: of the model.
+        autocast: what the forward passes run in.
+
+    Yields:
+        Each micro-batch, on the device, with its log-probs.
+    """
+    training = model.training
+    model.eval()
+    try:
+        for examples in lots:
+            for planned in plan(examples):
+                batch = planned.to(device)
+                # Not around the yield: there it would hold for the caller too.
+                with torch.no_grad(), autocast():
+                    scored = sequence_logprobs(model, batch)
+                yield batch, scored
+    finally:
+        model.train(training)
 
 
 def score_pairs(
@@ -27,7 +62,7 @@ def score_pairs(
     """Score a tokenised data set (`prompt_ids`, `chosen_ids`, `rejected_ids`).
 
     Args:
-        model: a causal LM, in eval mode afterwards.
+        model: a causal LM.
         dataset: at least one pair.
         token_budget: tokens of one forward pass.
         progress: called with the number of pairs done since the last call.
@@ -36,25 +71,22 @@ def score_pairs(
         Columns chosen_logp, rejected_logp (nats, summed over the completion) and chosen_tokens,
         rejected_tokens, in the order of the data set; and the layout with the reason for it.
     """
-    model.eval()
     device = next(model.parameters()).device
     probe = [PairTokens.from_row(row) for row in dataset.select(range(min(len(dataset), _PAIRS_AT_ONCE)))]
     backend = attention_backend(device.type)
     layout, reason = choose_layout(model, probe, backend)
     values = torch.empty(len(dataset), 2, dtype=torch.float64)
     lengths = torch.empty(len(dataset), 2, dtype=torch.int64)
-    for start in range(0, len(dataset), _PAIRS_AT_ONCE):
-        rows = dataset.select(range(start, min(start + _PAIRS_AT_ONCE, len(dataset))))
-        # The pair's number travels where its source would, through whatever order the packing makes.
-        pairs = [PairTokens.from_row(row | {"source": str(start + i)}) for i, row in enumerate(rows)]
-        for batch in plan_step(pairs, token_budget, layout, backend):
-            with torch.no_grad():
-                sums = sequence_logprobs(model, batch.to(device)).sequences
-            index = torch.tensor([int(source) for source in batch.sources])
-            values[index] = sums.view(2, -1).T.double().cpu()
-            lengths[index] = batch.lengths.view(2, -1).T
-            if progress is not None:
-                progress(batch.num_pairs)
+
+    def plan(pairs: list[Example]) -> list[MicroBatch]:
+        return plan_step(pairs, token_budget, layout, backend)
+
+    for batch, scored in score_examples(model, _numbered_pairs(dataset), plan, device):
+        index = torch.tensor([int(source) for source in batch.sources])
+        values[index] = scored.sequences.view(2, -1).T.double().cpu()
+        lengths[index] = batch.lengths.view(2, -1).T.cpu()
+        if progress is not None:
+            progress(batch.num_pairs)
     columns: dict[str, list[float] | list[int]] = {
         "chosen_logp": values[:, 0].tolist(),
         "rejected_logp": values[:, 1].tolist(),
@@ -62,3 +94,10 @@ def score_pairs(
         "rejected_tokens": lengths[:, 1].tolist(),
     }
     return columns, (layout, reason)
+
+
+def _numbered_pairs(dataset: Dataset) -> Iterator[list[Example]]:
+    """Lots of pairs; the number of each travels where its source would, through the order packing makes."""
+    for start in range(0, len(dataset), _PAIRS_AT_ONCE):
+        rows = dataset.select(range(start, min(start + _PAIRS_AT_ONCE, len(dataset))))
+        yield [PairTokens.from_row(row | {"source": str(start + i)}) for i, row in enumerate(rows)]

@@ -1,0 +1,107 @@
+"""Which sequences a run asks its cached reference for, and having them computed before they are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from dpo_kit.errors import DpoKitWarning
+from dpo_kit.examples import Example
+from dpo_kit.models import check_length
+from dpo_kit.packing import Layout
+from dpo_kit.planning import Planner
+from dpo_kit.reference import CachedReference
+from dpo_kit.scoring import choose_layout
+
+# Rows that are looked up together.
+_ROWS = 256
+
+
+@dataclass
+class Filled:
+    """What filling the cache has cost so far.
+
+    Attributes:
+        computed: sequences, by this rank.
+        seconds: looking up what is there included.
+    """
+
+    computed: int = 0
+    seconds: float = 0.0
+
+
+def first_rows(steps: int, batches: Callable[[], Iterable[Sequence[int]]]) -> list[int]:
+    """The rows of the first steps.
+
+    Args:
+        steps: how many.
+        batches: the order in which rows will be dealt, batch by batch.
+    """
+    # A look at the order must not be one more draw from the generator.
+    with torch.random.fork_rng():
+        return [row for batch in islice(batches(), steps) for row in batch]
+
+
+def fill(
+    reference: CachedReference,
+    dataset: Any,
+    places: Sequence[int] | None,
+    planner: Planner,
+    accelerator: Accelerator,
+    filled: Filled,
+) -> None:
+    """Have the reference compute what it lacks of some rows; on several ranks, a share on each.
+
+    Args:
+        reference: of the run.
+        dataset: tokenised.
+        places: which of its rows; None for all.
+        planner: of the run.
+        accelerator: of the trainer.
+        filled: is counted on.
+    """
+    started, args = time.perf_counter(), planner.args
+    rows = planner.rows_of(dataset)
+    wanted = range(len(rows)) if places is None else places
+    layouts: list[Layout] = []
+
+    def groups() -> Iterator[list[Example]]:
+        for start in range(0, len(wanted), _ROWS):
+            yield from planner.scored(rows.__getitems__(wanted[start : start + _ROWS]))
+
+    def settle(model: nn.Module, first: list[Example]) -> None:
+        """It may be another model than the policy, and less fit for trees."""
+        check_length(model, args.max_length, max(len(e.prompt) + max(map(len, e.replies)) for e in first))
+        layout, reason = planner.layout, ""
+        if layout == "tree":
+            layout, reason = choose_layout(model, first, args.backend)
+        if reason:
+            warnings.warn(f"the reference: {reason}; padded sequences are used", DpoKitWarning, stacklevel=2)
+        layouts.append(layout)
+
+    bar = tqdm(desc="reference", unit=" sequences", disable=True if args.disable_tqdm else None)
+    with contextlib.closing(bar):
+        filled.computed += reference.fill(
+            groups(),
+            plan=lambda examples: planner.plan(examples, layouts[0]),
+            autocast=accelerator.autocast,
+            device=args.device,
+            settle=settle,
+            progress=bar.update,
+            rank=args.process_index,
+            ranks=args.world_size,
+        )
+    if args.world_size > 1:
+        accelerator.wait_for_everyone()
+        reference.reload()
+    filled.seconds += time.perf_counter() - started

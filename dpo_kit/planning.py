@@ -1,0 +1,68 @@
+"""The dataloader's collator: rows of a tokenised data set -> the micro-batches that a step computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.dealing import TokenRows, mismatched_partners
+from dpo_kit.examples import Example, ScoredReplies, example_of
+from dpo_kit.losses import Objective
+from dpo_kit.packing import Layout, MicroBatch, plan_step
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Planner:
+    """Plans steps as a run's settings and its objective want them.
+
+    Attributes:
+        args: token budget and attention backend are read when a step is planned.
+        objective: says which replies are scored.
+        layout: of the micro-batches.
+        with_keys: whether they carry what a cached reference knows their sequences by.
+    """
+
+    args: PreferenceConfig
+    objective: Objective
+    layout: Layout = "padded"
+    with_keys: bool = False
+
+    def rows_of(self, dataset: Any) -> TokenRows:
+        """What a dataloader reads: no Python object per token, and partners where they are needed."""
+        return TokenRows(dataset, mismatched_partners(dataset) if self.objective.needs_mismatched else None)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, list[MicroBatch]]:
+        """Rows of one step -> its micro-batches, and those of replies to other prompts."""
+        planned = {"micro_batches": self.plan([self.example(row) for row in rows])}
+        if self.objective.needs_mismatched:
+            planned["mismatched"] = self.plan([self.mismatched(row) for row in rows])
+        return planned
+
+    def example(self, row: Row) -> Example:
+        """What is trained on."""
+        return example_of(row, with_rejected=self.objective.needs_rejected)
+
+    def mismatched(self, row: Row) -> Example:
+        """The row's prompt with the replies of another row, to another prompt."""
+        replies = list(row["partner"])
+        return ScoredReplies(np.asarray(row["prompt_ids"]), replies, [0.0] * len(replies))
+
+    def scored(self, rows: Sequence[Row]) -> list[list[Example]]:
+        """All examples that the reference is asked for, like with like."""
+        examples = [[self.example(row) for row in rows]]
+        if self.objective.needs_mismatched:
+            examples.append([self.mismatched(row) for row in rows])
+        return examples
+
+    def plan(self, examples: Sequence[Example], layout: Layout | None = None) -> list[MicroBatch]:
+        """Examples -> micro-batches under the run's token budget."""
+        args = self.args
+        return plan_step(
+            examples, args.token_budget, layout or self.layout, args.backend, with_keys=self.with_keys
+        )

@@ -1,0 +1,266 @@
+"""A reference whose log-probs are computed once for each sequence, and read from disk ever after.
+
+What is missing is computed by a model that is there for that time only (`origin`); how shards lie on disk is
+`store`'s business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dpo_kit.errors import InputError, TrainingError
+from dpo_kit.evaluation.pair_scores import score_examples
+from dpo_kit.examples import Example, ScoredReplies, number_sequences, sequence_keys, sequences_of
+from dpo_kit.logprob import HeadInputs
+from dpo_kit.packing import MicroBatch
+from dpo_kit.reference.lookup import Lookup
+from dpo_kit.reference.shards import Kind, Shard
+from dpo_kit.reference.store import ModelStore
+from dpo_kit.scoring import SequenceLogProbs, sequence_logprobs
+
+# device -> the reference model, for as long as the context lasts.
+Source = Callable[[torch.device], AbstractContextManager[nn.Module]]
+Plan = Callable[[list[Example]], list[MicroBatch]]
+
+# Sequences that are planned together: many enough that like prompts meet, few enough to hold.
+_TOGETHER = 512
+
+# What is computed is written after so many sequences or token log-probs, and after so many seconds; or after
+# this share of all the time so far, so that a long computation makes no thousands of files.
+SHARD_SEQUENCES = 1 << 16
+SHARD_NUMBERS = 1 << 24
+SHARD_SECONDS = 30.0
+SHARD_SHARE = 0.05
+
+
+class CachedReference:
+    """Log-probs of a frozen model, from disk; the model is in memory only while some are missing.
+
+    Args:
+        store: where they lie.
+        source: gives the model, where some must be computed.
+        is_policy: whether it has the weights that the policy starts from.
+        tokens: whether the log-prob of each token is wanted too.
+        about: what `dpo-kit cache ls` shows of the model; see `ModelStore.describe`.
+    """
+
+    needs_keys = True
+    model: nn.Module | None = None
+
+    def __init__(
+        self,
+        store: ModelStore,
+        source: Source,
+        *,
+        is_policy: bool,
+        tokens: bool = False,
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        self.store = store
+        self.is_policy = is_policy
+        self.tokens = tokens
+        self._source = source
+        self._about = about or {}
+        self._seen: set[str] = set()
+        self._parts: list[Shard] = []
+        self._known = Lookup(Shard.joined([]))
+
+    @property
+    def kind(self) -> Kind:
+        """Of the shards that are read."""
+        return "tokens" if self.tokens else "sequences"
+
+    def __len__(self) -> int:
+        """Sequences that were read."""
+        return len(self._known)
+
+    def reload(self) -> None:
+        """Read the shards that are new since the last time."""
+        new = self.store.read_new(self.kind, self._seen)
+        if new:
+            self._parts = [Shard.joined([*self._parts, *new])]
+            self._known = Lookup(self._parts[0])
+
+    def missing(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """[S] whether the sequence of each of [S, 16] keys must be computed; of what was read so far."""
+        return self._known.find(keys) < 0
+
+    def logprobs(self, batch: MicroBatch) -> SequenceLogProbs:
+        """Of a micro-batch planned with its keys: fp32, on its device; no `entries` without `tokens`.
+
+        What `fill` was not asked for, as in a training loop of one's own, is computed on the spot. That is
+        slow: the model is looked for each time.
+
+        Raises:
+            InputError: a sequence was never computed, and the model cannot be had any more.
+        """
+        keys = _keys_of(batch)
+        places = self._known.find(keys)
+        if (places < 0).any():
+            self._compute(batch)
+            places = self._known.find(keys)
+        device = batch.lengths.device
+        sums = torch.from_numpy(self._known.sums(places)).float()
+        entries = torch.from_numpy(self._known.entries(places)) if self.tokens else torch.empty(0)
+        return SequenceLogProbs(sums.to(device, non_blocking=True), entries.to(device, non_blocking=True))
+
+    def _compute(self, batch: MicroBatch) -> None:
+        with self._source(batch.lengths.device) as model, torch.no_grad():
+            scored = sequence_logprobs(model, batch)
+        self.store.describe(**self._about)
+        self.store.add(_shard_of(batch, scored).of_kind(self.kind), self.kind)
+        self.reload()
+
+    def head_inputs(self, batch: MicroBatch) -> HeadInputs:
+        """Whole distributions are not kept."""
+        raise TypeError("a cached reference has log-probs, and nothing that its head multiplies")
+
+    def fill(
+        self,
+        groups: Iterable[Sequence[Example]],
+        *,
+        plan: Plan,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        device: torch.device,
+        settle: Callable[[nn.Module, list[Example]], None] | None = None,
+        progress: Callable[[int], None] | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> int:
+        """Compute what is missing, each distinct sequence once, and write it.
+
+        Nothing is loaded where nothing is missing. On several ranks each computes a share of the groups; when
+        all have come back, each calls `reload` to see what the others wrote.
+
+        Args:
+            groups: examples by groups; those of a group are planned together, and share what they share.
+            plan: examples -> micro-batches with their keys.
+            autocast: what the model is run in; part of the model's key.
+            device: to run it on.
+            settle: called once with the model and the first examples, before `plan`.
+            progress: called with the number of sequences done since the last call.
+            rank: this process.
+            ranks: how many there are.
+
+        Returns:
+            How many sequences this rank computed.
+
+        Raises:
+            InputError: the cache cannot be written, or the model cannot be had any more.
+            TrainingError: a log-prob is not finite.
+        """
+        self.reload()
+        wanted = self._wanted(groups, rank, ranks)
+        first = next(wanted, None)
+        if first is None:
+            return 0
+        done = 0
+        with self._source(device) as model:
+            self.store.describe(**self._about)
+            if settle is not None:
+                settle(model, first)
+            with _Writer(self.store, self.kind) as writer:
+                for batch, scored in score_examples(model, chain([first], wanted), plan, device, autocast):
+                    writer.add(_shard_of(batch, scored))
+                    done += batch.num_sequences
+                    if progress is not None:
+                        progress(batch.num_sequences)
+        self.reload()
+        return done
+
+    def _wanted(self, groups: Iterable[Sequence[Example]], rank: int, ranks: int) -> Iterator[list[Example]]:
+        """Missing sequences of this rank's groups, as examples with one reply each, in handy lots."""
+        seen: set[bytes] = set()
+        waiting: list[Example] = []
+        for number, group in enumerate(groups):
+            # All ranks look at all groups, so that a sequence that is in several belongs to one.
+            found = self._missing_of(group, seen)
+            if number % ranks == rank:
+                waiting += found
+            if len(waiting) >= _TOGETHER:
+                yield waiting
+                waiting = []
+        if waiting:
+            yield waiting
+
+    def _missing_of(self, group: Sequence[Example], seen: set[bytes]) -> list[Example]:
+        if not len(group):
+            return []
+        keys = sequence_keys(*sequences_of(group))
+        slots = number_sequences(group)
+        found: list[Example] = []
+        for place in np.flatnonzero(self.missing(keys)).tolist():
+            key, (slot, i) = keys[place].tobytes(), slots[place]
+            if key not in seen:
+                seen.add(key)
+                example = group[i]
+                found.append(
+                    ScoredReplies(example.prompt, [example.replies[slot]], [1.0], source=example.source)
+                )
+        return found
+
+
+def _keys_of(batch: MicroBatch) -> npt.NDArray[np.uint8]:
+    if batch.keys is None:
+        raise ValueError("a cached reference needs micro-batches with keys: plan_step(..., with_keys=True)")
+    return batch.keys.cpu().numpy()
+
+
+def _shard_of(batch: MicroBatch, scored: SequenceLogProbs) -> Shard:
+    """What was computed for a micro-batch; sums are taken in fp64.
+
+    Raises:
+        TrainingError: a log-prob is not finite; it would stay in the cache for ever.
+    """
+    entries = scored.entries.detach().cpu()
+    owners, lengths = batch.entry_sequence.cpu(), batch.lengths.cpu()
+    sums = torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, owners, entries.double())
+    if not bool(torch.isfinite(sums).all()):
+        bad = batch.sequence_example.cpu()[~torch.isfinite(sums)].tolist()
+        named = ", ".join(dict.fromkeys(batch.sources[i] or f"example {i}" for i in bad[:5]))
+        raise TrainingError(f"the reference's log-prob is not finite on {named}, and is not kept")
+    return Shard(_keys_of(batch), sums.numpy(), lengths.numpy(), entries.float().numpy())
+
+
+class _Writer:
+    """Collects what is computed and writes it now and then, and what is left when the context ends."""
+
+    def __init__(self, store: ModelStore, kind: Kind) -> None:
+        self._store, self._kind = store, kind
+        self._waiting: list[Shard] = []
+        self._sequences = self._numbers = 0
+        self._began = self._wrote = time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        # What could not be written a moment ago cannot be written now.
+        if not isinstance(error, InputError):
+            self._write()
+
+    def add(self, shard: Shard) -> None:
+        """Take it in, and write where it is time."""
+        self._waiting.append(shard.of_kind(self._kind))
+        self._sequences += len(shard)
+        self._numbers += 0 if shard.logprobs is None else len(shard.logprobs)
+        now = time.monotonic()
+        patience = max(SHARD_SECONDS, SHARD_SHARE * (now - self._began))
+        full = self._sequences >= SHARD_SEQUENCES or self._numbers >= SHARD_NUMBERS
+        if full or now - self._wrote >= patience:
+            self._write()
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._store.add(Shard.joined(self._waiting), self._kind)
+        self._waiting, self._sequences, self._numbers = [], 0, 0
+        self._wrote = time.monotonic()

@@ -1,0 +1,179 @@
+"""The reference that a run asks for, made from what it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from dpo_kit.errors import InputError
+from dpo_kit.fingerprint import active_adapters, model_key
+from dpo_kit.models import load_model, unwrap
+from dpo_kit.reference.cached import CachedReference
+from dpo_kit.reference.in_memory import (
+    AdapterOffReference,
+    AdapterReference,
+    LiveReference,
+    MovingReference,
+    adapters_off,
+)
+from dpo_kit.reference.interface import NoReference, Reference
+from dpo_kit.reference.origin import Origin, key_of_path
+from dpo_kit.reference.store import ReferenceCache
+
+ReferenceMode = Literal["auto", "cached", "adapter_off", "adapter", "live", "moving", "none"]
+
+
+def make_reference(
+    mode: str,
+    policy: nn.Module,
+    *,
+    needed: bool,
+    given: nn.Module | Reference | str | Path | None = None,
+    cacheable: bool = False,
+    tokens: bool = False,
+    autocast: torch.dtype | None = None,
+    cache_dir: str | Path | None = None,
+    adapter: str | None = None,
+    update_every: int = 512,
+    update_weight: float = 0.6,
+) -> Reference:
+    """The reference that a run asks for.
+
+    Args:
+        mode: "auto": none where the objective needs none; "cached" where it can be; "adapter_off" where the
+            policy has a fresh adapter and nothing else is given; else "live".
+        policy: with its adapter, where it gets one; as it is before the first step, in eval or train mode.
+        needed: whether the objective looks at a reference.
+        given: a model, or where to load one from, or a reference of one's own; default: the policy as it is.
+        cacheable: whether log-probs are all that the objective wants of it.
+        tokens: whether it wants those of each token.
+        autocast: what the models are run in.
+        cache_dir: of "cached"; see `ReferenceCache`.
+        adapter: name of the adapter that is the reference, in mode "adapter".
+        update_every: steps between updates, in mode "moving".
+        update_weight: the policy's share in an update, in mode "moving".
+
+    Raises:
+        InputError: an unknown mode, or one that does not go with the objective or the policy.
+    """
+    known = get_args(ReferenceMode)
+    if mode not in known:
+        raise InputError(
+            f"unknown reference mode '{mode}'", field="reference.mode", mend=f"Known: {', '.join(known)}."
+        )
+    if mode == "none" and needed:
+        raise InputError(
+            "the loss compares with a reference, and there is none",
+            field="reference.mode",
+            mend="Set it to auto or live, or choose a loss that needs no reference.",
+        )
+    if mode == "none" or (mode == "auto" and not needed):
+        return NoReference()
+    if given is not None and not isinstance(given, (nn.Module, str, Path)):
+        return given
+    if mode == "auto":
+        mode = _best_mode(policy, given, cacheable)
+    if mode == "cached":
+        if needed and not cacheable:
+            raise InputError(
+                "the loss compares whole distributions with the reference's, and these are not kept",
+                field="reference.mode",
+                mend="Set it to auto or live.",
+            )
+        return _cached(policy, given, ReferenceCache(cache_dir), tokens, autocast)
+    return _in_memory(mode, policy, given, adapter, update_every, update_weight)
+
+
+def _best_mode(policy: nn.Module, given: Any, cacheable: bool) -> str:
+    if cacheable:
+        return "cached"
+    fresh = given is None and bool(active_adapters(policy)) and starts_as_base(policy)
+    return "adapter_off" if fresh else "live"
+
+
+def _in_memory(
+    mode: str, policy: nn.Module, given: Any, adapter: str | None, update_every: int, update_weight: float
+) -> Reference:
+    if mode == "live":
+        if isinstance(given, nn.Module):
+            return LiveReference(given, is_policy=False)
+        if given is not None:
+            return LiveReference(load_model(given, _dtype(policy)), is_policy=False)
+        return LiveReference.copy_of(policy)
+    if given is not None:
+        raise InputError(
+            f"a reference of its own does not go with mode {mode}",
+            field="reference.mode",
+            mend="Leave reference.path and ref_model out, or set it to live or cached.",
+        )
+    if mode == "moving":
+        return MovingReference(policy, update_every=update_every, weight=update_weight)
+    if mode == "adapter_off":
+        reference = AdapterOffReference(policy, is_policy=False)
+        reference.is_policy = starts_as_base(policy)
+        return reference
+    if adapter is None:
+        raise InputError(
+            "mode adapter needs the name of an adapter",
+            field="reference.adapter",
+            mend="Name one that the policy has loaded (model.load_adapter).",
+        )
+    return AdapterReference(policy, adapter)
+
+
+def _cached(
+    policy: nn.Module,
+    given: nn.Module | str | Path | None,
+    cache: ReferenceCache,
+    tokens: bool,
+    autocast: torch.dtype | None,
+) -> CachedReference:
+    model: Any = unwrap(given if isinstance(given, nn.Module) else policy)
+    name = str(given) if isinstance(given, (str, Path)) else getattr(model.config, "_name_or_path", "")
+    dtype = _dtype(policy)
+    if isinstance(given, (str, Path)):
+        key = key_of_path(cache, str(given), dtype, autocast)
+    else:
+        # A fresh adapter changes nothing: then a run with one shares the cache of the bare model.
+        fresh = given is None and bool(active_adapters(policy)) and starts_as_base(policy)
+        key = model_key(model, autocast=autocast, adapters=[] if fresh else None)
+    origin = Origin(key, autocast, dtype, path=name)
+    if given is None:
+        origin.policy = policy
+    elif isinstance(given, nn.Module):
+        origin.given = given
+    about = {
+        "class": type(model).__name__,
+        "name": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(dtype),
+        "autocast": None if autocast is None else str(autocast),
+    }
+    return CachedReference(cache.of_model(key), origin, is_policy=given is None, tokens=tokens, about=about)
+
+
+@torch.no_grad()
+def starts_as_base(policy: nn.Module) -> bool:
+    """Whether the adapters of a peft model change nothing yet, seen by its logits on a few tokens.
+
+    A fresh LoRA changes nothing; one that was trained does, and so do initialisations that take a part of
+    the weights out of the base model (PiSSA, LoftQ).
+    """
+    inner: Any = unwrap(policy)
+    device = next(inner.parameters()).device
+    ids = torch.arange(8, device=device).remainder(inner.config.get_text_config().vocab_size)[None]
+    modes = [(module, module.training) for module in inner.modules()]
+    inner.eval()
+    with_adapters = inner(input_ids=ids, use_cache=False).logits
+    for module, mode in modes:
+        module.training = mode
+    with adapters_off(inner):
+        without = inner(input_ids=ids, use_cache=False).logits
+    return torch.allclose(with_adapters, without, rtol=1e-4, atol=1e-5)
+
+
+def _dtype(policy: nn.Module) -> torch.dtype:
+    return next(policy.parameters()).dtype
