@@ -6,7 +6,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup train-dpo test test-slow lint bench data clean
+.PHONY: setup train-dpo test test-slow lint bench docs data clean
 
 setup: $(READY)
 
@@ -27,8 +27,8 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
-	$(BIN)/ruff check dpo_kit tests data benchmarks
-	$(BIN)/ruff format --check dpo_kit tests data benchmarks
+	$(BIN)/ruff check dpo_kit tests data benchmarks docs
+	$(BIN)/ruff format --check dpo_kit tests data benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -43,6 +43,10 @@ bench: $(READY) .venv-trl-newest/.installed
 	sed '/^trl==/d' constraints.txt > .venv-trl-newest/constraints.txt
 	.venv-trl-newest/bin/python -m pip install -q -c .venv-trl-newest/constraints.txt -r benchmarks/trl-newest.txt
 	touch $@
+
+# The table of objectives in the README, from the registry.
+docs: $(READY)
+	$(BIN)/python docs/write_objectives.py
 
 data: $(READY)
 	$(BIN)/python data/make_small_world.py

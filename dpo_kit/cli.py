@@ -132,6 +132,24 @@ def bench(
         print_results(found)
 
 
+@app.command("losses")
+def list_losses(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As the README has it.")] = False,
+) -> None:
+    """The objectives that a recipe can name: what each learns from, and where it was published."""
+    from dpo_kit.losses.table import markdown as as_markdown
+    from dpo_kit.losses.table import objectives
+
+    rows = objectives()
+    if markdown:
+        print(as_markdown())
+    elif as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        _print_table("objectives", list(rows[0]), rows)
+
+
 @data_app.command("inspect")
 def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = False) -> None:
     """What is in preference data: shapes, counts, lengths, and rows that cannot be used."""
@@ -142,6 +160,23 @@ def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = Fal
         print(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
         print(found.summary())
+
+
+@cache_app.command("fill")
+def cache_fill(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the reference's log-probs of a recipe's data ahead of training; under torchrun on all ranks."""
+    from dpo_kit.recipe import Recipe
+    from dpo_kit.run import fill_cache
+
+    loaded = Recipe.load(recipe, overrides or [])
+    with contextlib.redirect_stdout(sys.stderr):
+        figures = fill_cache(loaded, say=_silent if as_json else _say)
+    if as_json:
+        print(json.dumps(figures))
 
 
 @cache_app.command("ls")
@@ -230,6 +265,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("eval/kl", "KL to the reference, nats", "{:.2f}"),
         ("eval/loss", "held-out loss", "{:.4f}"),
         ("sft/runtime", "time of SFT, s", "{:.0f}"),
+        ("reference_runtime", "time of the reference's log-probs, s", "{:.0f}"),
+        ("reference_computed", "sequences that these took", "{}"),
         ("train_runtime", "time of preference training, s", "{:.0f}"),
         ("pairs_per_second", "pairs per second", "{:.1f}"),
         ("tokens_saved_share", "tokens saved by the tree", "{:.1%}"),

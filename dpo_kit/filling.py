@@ -94,7 +94,6 @@ def fill(
         filled.computed += reference.fill(
             groups(),
             plan=lambda examples: planner.plan(examples, layouts[0]),
-            autocast=accelerator.autocast,
             device=args.device,
             settle=settle,
             progress=bar.update,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_kit.checkpoints import newest_checkpoint
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.evaluation import load_prompts, load_reward
-from dpo_kit.evaluation.kl import sequence_kl
-from dpo_kit.evaluation.rewards import RewardFunction
-from dpo_kit.evaluation.sampling import Prompt, Sample, encode_prompts, sample_replies
 from dpo_kit.losses import make_objective
+from dpo_kit.measurement import Samples, Say, held_out_figures
 from dpo_kit.models import check_length, embedded_tokens, load_model, load_reward_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
+from dpo_kit.reference import CachedReference
 from dpo_kit.run_folder import (
     check_same_run,
     describe_environment,
@@ -42,8 +39,6 @@ from dpo_kit.sft import check_corpus, train_sft
 from dpo_kit.tokenization import TokenizedPairs, longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
 from dpo_kit.trainer import PreferenceTrainer
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -59,16 +54,6 @@ class RunResult:
     folder: Path
     summary: dict[str, Any]
     page: Path | None = None
-
-
-@dataclass
-class Evaluation:
-    """Samples on the held-out prompts, before and after; `reward` is None where the recipe has none."""
-
-    prompts: list[Prompt]
-    reward: RewardFunction | None
-    before: list[Sample] = field(default_factory=list)
-    after: list[Sample] = field(default_factory=list)
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunResult:
@@ -95,12 +80,12 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
                 folder, json.loads((folder / "summary.json").read_text()), folder / "report.html"
             )
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
-    evaluation = _prepare_evaluation(recipe)
+    samples = Samples.of(recipe)
     rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
     figures: dict[str, Any] = {}
     start = None if recipe.sft is None else folder / "sft" / "model"
     if recipe.sft is None:
-        parts = prepare(recipe, config, rows, evaluation, start, say)
+        parts = prepare(recipe, config, rows, start, say, samples)
         _open_folder(folder, resume, say)
     else:
         check_corpus(recipe)
@@ -109,7 +94,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             say("training the policy on the corpus")
             train_sft(recipe.sft, recipe, folder / "sft")
         figures |= json.loads((folder / "sft" / "figures.json").read_text())
-        parts = prepare(recipe, config, rows, evaluation, start, say)
+        parts = prepare(recipe, config, rows, start, say, samples)
     policy, tokenizer, data, trainer = parts
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
@@ -118,9 +103,17 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     # The policy is not trained yet, nor is the checkpoint loaded that the run goes on from.
-    evaluation.before = _sample(policy, tokenizer, evaluation, recipe, say, "before")
+    samples.draw(policy, tokenizer, say, "before")
+    figures |= _fill(trainer, say)
     figures |= _train(trainer, checkpoint, say)
-    figures |= _measure(trainer, start, tokenizer, evaluation, recipe, data["eval"], say)
+    if data["eval"] is not None:
+        figures |= held_out_figures(trainer, data["eval"].dataset)
+    samples.draw(trainer.model, tokenizer, say, "after")
+
+    def load_start() -> Any:
+        return _start_policy(recipe, start)[0].to(trainer.args.device).eval()  # type: ignore[arg-type]
+
+    figures |= samples.measure(trainer.model, load_start, folder)
     written = folder / ".model.writing"
     trainer.save_model(str(written))
     replace_folder(written, folder / "model")
@@ -142,28 +135,18 @@ def prepare(
     recipe: Recipe,
     config: PreferenceConfig,
     rows: dict[str, Dataset | None],
-    evaluation: Evaluation,
     start: Path | None,
     say: Say,
+    samples: Samples | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
     """Policy, tokenizer, tokenised data and trainer, checked against each other."""
     policy, tokenizer = _start_policy(recipe, start, say)
     data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
     longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
     check_length(policy, config.max_length, longest)
-    if evaluation.prompts:
-        encoded, _ = encode_prompts(evaluation.prompts, tokenizer, recipe.data.chat_template_kwargs)
-        new = recipe.eval.max_new_tokens
-        check_length(policy, new, max(map(len, encoded)) + new, field="eval.max_new_tokens")
+    if samples is not None:
+        samples.check_lengths(policy, tokenizer)
     return policy, tokenizer, data, _make_trainer(recipe, config, policy, tokenizer, data)
-
-
-def _prepare_evaluation(recipe: Recipe) -> Evaluation:
-    if recipe.eval.prompts and make_objective(recipe.loss).needs_rewards:
-        raise InputError("a reward model writes no replies", field="eval.prompts", mend="Set it to null.")
-    prompts = load_prompts(recipe.eval.prompts, recipe.eval.max_prompts) if recipe.eval.prompts else []
-    reward = load_reward(recipe.eval.reward) if recipe.eval.reward else None
-    return Evaluation(prompts, reward)
 
 
 def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
@@ -254,25 +237,41 @@ def _make_trainer(
         raise InputError(str(error).strip().splitlines()[0], field=field) from error
 
 
-def _sample(
-    model: Any, tokenizer: Any, evaluation: Evaluation, recipe: Recipe, say: Say, when: str
-) -> list[Sample]:
-    if not evaluation.prompts:
-        return []
-    section = recipe.eval
-    say(f"sampling on {len(evaluation.prompts)} held-out prompts, {when}")
-    return sample_replies(
-        model,
-        tokenizer,
-        evaluation.prompts,
-        samples=section.samples,
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        batch_size=section.batch_size,
-        seed=section.seed,
-        chat_template_kwargs=recipe.data.chat_template_kwargs,
-    )
+def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
+    """Compute what the cached reference of a recipe lacks; nothing is trained. Ranks share the work.
+
+    Returns:
+        reference_computed, the sequences that this process computed, and reference_runtime, seconds.
+
+    Raises:
+        InputError: data, model and recipe do not fit together, or the recipe's reference is not cached.
+    """
+    config = recipe.training_config()
+    start = None if recipe.sft is None else Path(str(config.output_dir)) / "sft" / "model"
+    if start is not None and not start.exists():
+        raise InputError(
+            "the policy is made from a corpus, and is not there yet",
+            file=start,
+            mend="Train once: dpo-kit train fills the cache as well.",
+        )
+    rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
+    *_, trainer = prepare(recipe, config, rows, start, say)
+    if not isinstance(trainer.reference, CachedReference):
+        raise InputError(
+            "this recipe's reference is not kept on disk",
+            field="reference.mode",
+            mend="Set it to cached; a loss that looks at no reference, or at whole distributions, has none.",
+        )
+    return _fill(trainer, say)
+
+
+def _fill(trainer: PreferenceTrainer, say: Say) -> dict[str, Any]:
+    if not isinstance(trainer.reference, CachedReference):
+        return {}
+    trainer.fill_reference()
+    filled = trainer.filled
+    say(f"reference: {filled.computed} sequences computed in {filled.seconds:.1f} s, the others were known")
+    return {"reference_computed": filled.computed, "reference_runtime": filled.seconds}
 
 
 def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dict[str, Any]:
@@ -291,63 +290,6 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dic
         "layout": trainer.layout,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
     }
-
-
-def _measure(
-    trainer: PreferenceTrainer,
-    start: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: Evaluation,
-    recipe: Recipe,
-    held_out: TokenizedPairs | None,
-    say: Say,
-) -> dict[str, Any]:
-    """Figures on held-out pairs and prompts."""
-    figures: dict[str, Any] = {}
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        figures |= {f"eval/{k[len('eval_') :]}": v for k, v in metrics.items() if k.startswith("eval_")}
-        if "eval/rewards/accuracies" in figures:
-            figures["eval/accuracy"] = figures["eval/rewards/accuracies"]
-        if (ceiling := _ceiling(held_out.dataset)) is not None:
-            figures["eval/accuracy_ceiling"] = ceiling
-    if not evaluation.prompts:
-        return figures
-    evaluation.after = _sample(trainer.model, tokenizer, evaluation, recipe, say, "after")
-    if recipe.eval.temperature == 1.0 and recipe.eval.top_p == 1.0:
-        # Read again, so that no second model is in memory while the policy is trained.
-        policy, _ = _start_policy(recipe, start)
-        policy.to(trainer.args.device).eval()  # type: ignore[arg-type]
-        figures["eval/kl"] = float(sequence_kl(trainer.model, policy, evaluation.after).mean())  # type: ignore[arg-type]
-    rewards = _rewards(evaluation)
-    for name, values in rewards.items():
-        figures[f"eval/reward_{name}"] = sum(values) / len(values)
-    lines = []
-    for i, (before, after) in enumerate(zip(evaluation.before, evaluation.after, strict=True)):
-        line = {"prompt": before.prompt, "before": before.reply, "after": after.reply}
-        lines.append(line | {f"reward_{name}": values[i] for name, values in rewards.items()})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_text(Path(str(trainer.args.output_dir)) / "samples.jsonl", text)
-    return figures
-
-
-def _rewards(evaluation: Evaluation) -> dict[str, list[float]]:
-    """The true reward of prompt and reply, before and after."""
-    if evaluation.reward is None:
-        return {}
-    found = {}
-    for name, samples in (("before", evaluation.before), ("after", evaluation.after)):
-        texts = (s.prompt + s.reply if isinstance(s.prompt, str) else s.reply for s in samples)
-        found[name] = [evaluation.reward(text) for text in texts]
-    return found
-
-
-def _ceiling(dataset: Dataset) -> float | None:
-    """Accuracy of the data's own score difference on its own labels: no better rule is known."""
-    if "margin" not in dataset.column_names:
-        return None
-    margins = [m for m in dataset["margin"] if m is not None]
-    return sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins) if margins else None
 
 
 def _report(recipe: Recipe, folder: Path, say: Say) -> Path | None:

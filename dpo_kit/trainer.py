@@ -200,19 +200,24 @@ class PreferenceTrainer(CheckpointingTrainer):
             )
         args.auto_tokens = int(self.accelerator.gather(torch.tensor([fit], device=args.device)).min())
 
-    def fill_reference(self, dataset: Any = None) -> None:
-        """Have a cached reference compute what it lacks; does nothing with another one.
+    def fill_reference(self) -> None:
+        """Have a cached reference compute what it lacks for this run's data; others need nothing.
 
-        Args:
-            dataset: tokenised, or several by name; default: the training data that the run comes to.
+        Of the training data only the pairs that the run comes to. `train` calls this, while the policy is
+        what the reference is.
         """
-        if not isinstance(self.reference, CachedReference):
+        data: Any = self.train_dataset
+        steps, places = self.args.max_steps, None
+        ends_early = data is not None and 0 < steps * self.args.train_batch_size < len(data)
+        if ends_early and self.args.world_size == 1:
+            order: Any = self.get_train_dataloader
+            places = first_rows(steps, lambda: order().batch_sampler)
+        self._fill(data, places)
+        self._fill(self.eval_dataset)
+
+    def _fill(self, dataset: Any, places: Sequence[int] | None = None) -> None:
+        if dataset is None or not isinstance(self.reference, CachedReference):
             return
-        places = None
-        if dataset is None:
-            dataset, pairs = self.train_dataset, self.args.max_steps * self.args.train_batch_size
-            if 0 < pairs < len(dataset) and self.args.world_size == 1:
-                places = first_rows(self.args.max_steps, lambda: self.get_train_dataloader().batch_sampler)  # type: ignore[arg-type, return-value]
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
             fill(self.reference, part, places, self._planner, self.accelerator, self.filled)
 
@@ -395,8 +400,6 @@ class PreferenceTrainer(CheckpointingTrainer):
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
             # Before a checkpoint is loaded: the policy may be what the reference is.
             self.fill_reference()
-            if self.eval_dataset is not None and self.args.eval_strategy != "no":
-                self.fill_reference(self.eval_dataset)
             return super().train(resume_from_checkpoint, **keywords)
 
     def _load_more(self, folder: Path) -> None:
@@ -421,7 +424,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             if not self._settled:
                 self._settle_layout(eval_dataset)
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        self.fill_reference(self.eval_dataset[data] if isinstance(data, str) else data)  # type: ignore[index]
+        self._fill(self.eval_dataset[data] if isinstance(data, str) else data)  # type: ignore[index]
         return super().get_eval_dataloader(eval_dataset)
 
     @property

@@ -25,6 +25,7 @@ from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.examples import Example
 from dpo_kit.losses import make_objective
+from dpo_kit.measurement import Say
 from dpo_kit.models import load_model, unwrap
 from dpo_kit.recipe import Recipe, make_training_config
 from dpo_kit.roofline import (
@@ -36,7 +37,7 @@ from dpo_kit.roofline import (
     shapes_in_use,
     share_of_limit,
 )
-from dpo_kit.run import Evaluation, Say, prepare, read_pairs_of
+from dpo_kit.run import prepare, read_pairs_of
 from dpo_kit.run_folder import write_text
 from dpo_kit.sft import check_corpus, train_sft
 from dpo_kit.trainer import PreferenceTrainer
@@ -122,7 +123,7 @@ def _recipe_trainer(recipe: Recipe, config: PreferenceConfig, folder: Path, say:
         section = recipe.sft.model_copy(update={"train": recipe.sft.train | one_step})
         train_sft(section, recipe, folder / "sft")
         start = folder / "sft" / "model"
-    return prepare(recipe, config, rows, Evaluation([], None), start, say)[-1]
+    return prepare(recipe, config, rows, start, say)[-1]
 
 
 def _small_trainer(config: PreferenceConfig) -> PreferenceTrainer:
