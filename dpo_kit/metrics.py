@@ -17,15 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_kit.losses import LogProbs
-
-# A pair teaches less than this share of what it could (its gradient weight is at most 1): a margin of 4.6.
-SATURATED = 0.01
-
-# Nats per token, below the reference, that chosen replies may fall before it is called displacement: a token
-# is then on average 0.37 times as likely as it was. Falling is to be expected where the reference was
-# fine-tuned on the chosen replies (arXiv 2404.12358) or they are its own samples: in the small world, whose
-# run makes samples better, it comes to -0.5. Where it becomes too much is a matter of judgement.
-DISPLACED_PER_TOKEN = -1.0
+from dpo_kit.thresholds import DISPLACED_PER_TOKEN, SATURATED
 
 # What the metrics of token extras are called.
 _TOKEN_METRICS = {"entropy": "entropy", "top1": "top1", "reference_kl": "kl/reference"}

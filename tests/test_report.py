@@ -243,7 +243,7 @@ def test_values_that_are_not_finite_are_gaps_and_are_told(tmp_path: Path) -> Non
     assert "Infinity" in text
 
 
-BOTH_FALL = "both replies less likely"
+BOTH_FALL = "making both less likely"
 PAST_BEST = "below its best"
 
 

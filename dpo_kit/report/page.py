@@ -11,17 +11,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from dpo_kit.errors import InputError
+from dpo_kit.report.pictures import Picture, comparison_pictures, pictures
 from dpo_kit.report.run_folder import Run, read_run
 from dpo_kit.report.story import remarks
-from dpo_kit.report.summary import as_text, cards, number, recipe_differences, summary_table
-
-if TYPE_CHECKING:
-    from dpo_kit.report.plots import Picture
+from dpo_kit.report.summary import as_text, cards, number, other_figures, recipe_differences, summary_table
+from dpo_kit.report.words import words_of
 
 SAMPLES_SHOWN = 40
 
@@ -42,10 +41,9 @@ def write_report(run: Path | str) -> Path:
     is not installed.
     """
     _require_extra()
-    from dpo_kit.report import plots
-
     record = read_run(run)
-    pictures = _draw(plots.PICTURES, [record], [record.name])
+    words = words_of([record])
+    drawn = _draw(pictures(words), [record], [record.name])
     shown = record.samples[:SAMPLES_SHOWN]
     environment = record.environment
     html = _render(
@@ -54,14 +52,15 @@ def write_report(run: Path | str) -> Path:
         cards=cards(record),
         remarks=remarks(record),
         notes=record.notes,
-        pictures=pictures,
+        examples=words.examples,
+        pictures=drawn,
         samples=[_sample_cells(sample) for sample in shown],
         sample_count=len(record.samples),
-        summary=summary_table([record]),
+        summary=[*summary_table([record]), *other_figures([record])],
         recipe=record.recipe_text,
         environment=None if environment is None else _yaml(environment),
     )
-    return _write(record.path, html, pictures)
+    return _write(record.path, html, drawn)
 
 
 def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
@@ -82,7 +81,8 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
         )
     records = [read_run(run) for run in runs]
     labels = _labels(records)
-    pictures = _draw(plots.comparison_pictures(), records, labels)
+    words = words_of(records)
+    drawn = _draw(comparison_pictures(words), records, labels)
     html = _render(
         "comparison.html.j2",
         title="Comparison of " + " and ".join([", ".join(labels[:-1]), labels[-1]]),
@@ -90,11 +90,13 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
             {"label": label, "colour": colour, "remarks": remarks(record), "notes": record.notes}
             for label, colour, record in zip(labels, plots.run_colours(len(records)), records, strict=True)
         ],
-        pictures=pictures,
+        examples=words.examples,
+        pictures=drawn,
         summary=summary_table(records),
+        others=other_figures(records),
         differences=recipe_differences(records),
     )
-    return _write(out, html, pictures)
+    return _write(out, html, drawn)
 
 
 def _require_extra() -> None:
@@ -120,11 +122,11 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _draw(pictures: Sequence[Picture], runs: Sequence[Run], labels: Sequence[str]) -> dict[Drawn, bytes]:
+def _draw(wanted: Sequence[Picture], runs: Sequence[Run], labels: Sequence[str]) -> dict[Drawn, bytes]:
     from dpo_kit.report import plots
 
     drawn = {}
-    for picture in pictures:
+    for picture in wanted:
         png = plots.draw(picture, runs, labels)
         if png is not None:
             uri = "data:image/png;base64," + base64.b64encode(png).decode()
@@ -166,10 +168,10 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _write(folder: Path, html: str, pictures: dict[Drawn, bytes]) -> Path:
+def _write(folder: Path, html: str, drawn: dict[Drawn, bytes]) -> Path:
     try:
         (folder / "plots").mkdir(parents=True, exist_ok=True)
-        for picture, png in pictures.items():
+        for picture, png in drawn.items():
             _write_whole(folder / "plots" / f"{picture.name}.png", png)
         # JSON can hold half a surrogate pair, which UTF-8 cannot: it is shown by its number.
         _write_whole(folder / "report.html", html.encode("utf-8", "backslashreplace"))

@@ -1,6 +1,6 @@
 """Curves as PNG pictures, of one run or of several overlaid.
 
-Each picture is declared in PICTURES; `draw` is the one place that touches matplotlib, through its object
+What is in a picture stands in pictures.py; this is the one place that touches matplotlib, through its object
 API (no pyplot, no global state). A picture with no data is None. Colours are Okabe and Ito's (safe for
 colour-blind readers), and no meaning hangs on colour alone where lines can be dashed or marked.
 """
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,115 +20,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from dpo_kit.report.pictures import BLUE, GREEN, VERMILION, Panel, Picture, Series
 from dpo_kit.report.run_folder import Run
 
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"
+GREY = "#6b7280"
 RUN_COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 120
 NAME_CHARACTERS = 36
 
-
-@dataclass(frozen=True)
-class Series:
-    """One metric in a panel. `dash` tells series of one run apart where colour tells runs apart.
-
-    `exact` is for what has no noise: it is drawn as logged, not as a running mean.
-    """
-
-    key: str
-    label: str
-    colour: str = BLUE
-    dash: Literal["-", "--"] = "-"
-    exact: bool = False
-
-    @property
-    def held_out(self) -> bool:
-        return self.key.startswith("eval_")
-
-    @property
-    def smooth(self) -> bool:
-        return not (self.held_out or self.exact)
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes: the label of the y axis with its unit, and the series."""
-
-    ylabel: str
-    series: tuple[Series, ...]
-    ceiling: bool = False
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One PNG file; its panels stand one above the other and share the step axis."""
-
-    name: str
-    title: str
-    panels: tuple[Panel, ...]
-
-
-def _train_and_eval(key: str, ylabel: str, ceiling: bool = False) -> Panel:
-    held_out = Series(f"eval_{key}", "held-out", VERMILION)
-    return Panel(ylabel, (Series(key, "training", BLUE), held_out), ceiling)
-
-
-def _chosen_and_rejected(kind: str, ylabel: str) -> Panel:
-    return Panel(
-        ylabel,
-        (
-            Series(f"{kind}/chosen", "chosen", BLUE),
-            Series(f"{kind}/rejected", "rejected", VERMILION, "--"),
-            Series(f"eval_{kind}/chosen", "chosen, held-out", BLUE),
-            Series(f"eval_{kind}/rejected", "rejected, held-out", VERMILION, "--"),
-        ),
-    )
-
-
-PICTURES = (
-    Picture("loss", "Loss", (_train_and_eval("loss", "loss"),)),
-    Picture(
-        "accuracy",
-        "Accuracy",
-        (_train_and_eval("rewards/accuracies", "share of pairs with margin > 0", ceiling=True),),
-    ),
-    Picture(
-        "margins",
-        "Margin",
-        (_train_and_eval("rewards/margins", "reward, chosen − rejected"),),
-    ),
-    Picture("rewards", "Implicit rewards", (_chosen_and_rejected("rewards", "reward"),)),
-    Picture("logps", "Log-probs", (_chosen_and_rejected("logps", "log-prob of a reply (nats)"),)),
-    Picture(
-        "optimiser",
-        "Learning rate and gradient norm",
-        (
-            Panel("learning rate", (Series("learning_rate", "learning rate", BLUE, exact=True),)),
-            Panel("gradient norm", (Series("grad_norm", "gradient norm", VERMILION),)),
-        ),
-    ),
-    Picture("speed", "Speed", (Panel("pairs per second", (Series("pairs_per_second", "speed", GREEN),)),)),
-)
-
-
-def comparison_pictures() -> list[Picture]:
-    """PICTURES with training and held-out series in pictures of their own, lest the overlay be a tangle."""
-    pictures = []
-    for picture in PICTURES:
-        for held_out, suffix, title in ((False, "", "training pairs"), (True, "_eval", "held-out pairs")):
-            panels = tuple(
-                replace(
-                    panel,
-                    series=tuple(s for s in panel.series if s.held_out == held_out),
-                    ceiling=panel.ceiling and held_out,
-                )
-                for panel in picture.panels
-            )
-            both = any(series.held_out for panel in picture.panels for series in panel.series)
-            if any(panel.series for panel in panels):
-                heading = f"{picture.title} ({title})" if both else picture.title
-                pictures.append(Picture(picture.name + suffix, heading, panels))
-    return pictures
+# Handles and their names.
+Legend = tuple[list[Line2D], list[str]]
 
 
 def run_colours(count: int) -> list[str]:
@@ -166,14 +66,20 @@ def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes 
         return None
     figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
     figure.set_facecolor("white")
-    all_axes = figure.subplots(len(filled), 1, sharex=True, squeeze=False)[:, 0]
+    heights = [panel.height for panel in filled]
+    all_axes = figure.subplots(len(filled), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     all_axes[0].set_title(picture.title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
+    legends = []
     for axes, panel in zip(all_axes, filled, strict=True):
         _dress(axes, panel.ylabel)
-        if len(runs) == 1:
-            _draw_one(axes, panel, runs[0])
-        else:
-            _draw_overlay(axes, panel, runs, labels, legend=axes is all_axes[0])
+        if panel.zero:
+            axes.axhline(0, color=GREY, linewidth=1)
+        one = len(runs) == 1
+        legends.append(_draw_one(axes, panel, runs[0]) if one else _draw_overlay(axes, panel, runs, labels))
+        if panel.share:
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.02), min(high, 1.02))
+    _place_legends(figure, filled, legends, repeat=len(runs) == 1)
     all_axes[-1].set_xlabel("optimiser step")
     return _png(figure)
 
@@ -205,7 +111,7 @@ def _dress(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _draw_one(axes: Axes, panel: Panel, run: Run) -> None:
+def _draw_one(axes: Axes, panel: Panel, run: Run) -> Legend:
     handles: list[Line2D] = []
     for series in panel.series:
         steps, values = run.curve(series.key)
@@ -222,11 +128,10 @@ def _draw_one(axes: Axes, panel: Panel, run: Run) -> None:
     if ceiling is not None:
         handles.append(axes.axhline(ceiling, color=GREY, linestyle=":", linewidth=1.4))
         handles[-1].set_label(f"ceiling, label noise ({ceiling:.3f})")
-    if len(panel.series) > 1:
-        _legend(axes, handles, [str(handle.get_label()) for handle in handles])
+    return handles, [str(handle.get_label()) for handle in handles]
 
 
-def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequence[str], legend: bool) -> None:
+def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequence[str]) -> Legend:
     handles: list[Line2D] = []
     names: list[str] = []
     ceilings = [run.figure("eval/accuracy_ceiling") if panel.ceiling else None for run in runs]
@@ -248,8 +153,7 @@ def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequenc
         for series in panel.series:
             handles.append(Line2D([], [], color=GREY, linestyle=series.dash))
             names.append(series.label.removesuffix(", held-out"))
-    if legend:
-        _legend(axes, handles, names)
+    return handles, names
 
 
 def _line(steps: np.ndarray, values: np.ndarray, series: Series) -> tuple[np.ndarray, np.ndarray]:
@@ -270,10 +174,25 @@ def _faint(points: int) -> dict[str, Any]:
     return {"alpha": 0.18, "markersize": 4} if points <= 1000 else {"alpha": 0.06, "markersize": 2.5}
 
 
-def _legend(axes: Axes, handles: Sequence[Line2D], names: Sequence[str]) -> None:
+def _place_legends(figure: Figure, panels: Sequence[Panel], legends: Sequence[Legend], repeat: bool) -> None:
+    """A legend in each panel of several series, or, unless they `repeat`, in the first alone.
+
+    Where all panels show the same series, one below them leaves their little room to the curves.
+    """
+    same = len({tuple(series.label for series in panel.series) for panel in panels}) == 1
+    if len(panels) > 1 and same:
+        _legend(figure, max(legends, key=lambda legend: len(legend[0])), loc="outside lower center", ncols=2)
+        return
+    for axes, panel, legend in zip(figure.axes, panels, legends, strict=True):
+        if len(panel.series) > 1 if repeat else axes is figure.axes[0]:
+            _legend(axes, legend)
+
+
+def _legend(place: Axes | Figure, legend: Legend, **where: Any) -> None:
     """A legend whose names are set as plain text: a run may be called `_x` or `$x$`."""
-    legend = axes.legend(handles, ["x"] * len(handles), fontsize=8, frameon=True, framealpha=0.85)
-    legend.get_frame().set_edgecolor("none")
-    for text, name in zip(legend.get_texts(), names, strict=True):
+    handles, names = legend
+    drawn = place.legend(handles, ["x"] * len(handles), fontsize=8, frameon=True, framealpha=0.85, **where)
+    drawn.get_frame().set_edgecolor("none")
+    for text, name in zip(drawn.get_texts(), names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)

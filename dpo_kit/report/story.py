@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo_kit.report.run_folder import Run
-from dpo_kit.report.summary import number
+from dpo_kit.report.summary import number, percent
+from dpo_kit.report.words import words_of
+from dpo_kit.thresholds import DISPLACED_PER_TOKEN, SATURATED
 
 ACCURACY_SLACK = 0.02
+# Accuracy of pairs whose chosen reply is longer, and of those where it is shorter.
+STRATA_APART = 0.15
+MOST = 0.5
 MIN_TRAINING_LINES = 10
 
 
@@ -53,12 +58,17 @@ def remarks(run: Run) -> list[Remark]:
 
 
 def change(run: Run, key: str) -> Change | None:
-    """The change of `key` on held-out pairs, else on training pairs; None where there are too few lines."""
+    """The change of `key` on held-out examples, else in training; None where there are too few lines."""
     steps, values = _finite(run, f"eval_{key}")
-    if len(steps) >= 2:
-        start, end = float(values[0]), float(values[-1])
-        places = f"at step {steps[0]}", f"at step {steps[-1]}"
-        return Change("held-out", start, end, *places, sign=int(np.sign(end - start)))
+    if len(steps) < 2:
+        return training_change(run, key)
+    start, end = float(values[0]), float(values[-1])
+    places = f"at step {steps[0]}", f"at step {steps[-1]}"
+    return Change("held-out", start, end, *places, sign=int(np.sign(end - start)))
+
+
+def training_change(run: Run, key: str) -> Change | None:
+    """The change of `key` in training; None where there are too few lines."""
     steps, values = _finite(run, key)
     if len(steps) < MIN_TRAINING_LINES:
         return None
@@ -116,7 +126,7 @@ def _ceiling_clause(run: Run) -> str:
 
 
 def _warnings(run: Run) -> list[Remark]:
-    found = [_broken_loss(run), _both_fall(run), _past_its_best(run)]
+    found = [_broken_loss(run), _both_fall(run), _learned_length(run), _saturated(run), _past_its_best(run)]
     return [Remark(text, warning=True) for text in found if text is not None]
 
 
@@ -127,14 +137,60 @@ def _broken_loss(run: Run) -> str | None:
 
 
 def _both_fall(run: Run) -> str | None:
-    chosen, margin = change(run, "logps/chosen"), change(run, "rewards/margins")
-    if chosen is None or margin is None or not (chosen.sign < 0 < margin.sign):
+    """Likelihood displacement, by the trainer's limit where the run has what that looks at."""
+    margin = change(run, "rewards/margins")
+    if margin is None or margin.sign <= 0:
+        return None
+    chosen = words_of([run]).chosen
+    per_token = change(run, "logratios/chosen_per_token")
+    if per_token is not None:
+        if per_token.end >= min(DISPLACED_PER_TOKEN, per_token.start):
+            return None
+        fall = (
+            f"The log-probs of {chosen} replies lie {number(-per_token.end)} nats a token below the "
+            f"reference's ({per_token.source}, {per_token.end_place})"
+        )
+    else:
+        fallen = change(run, "logps/chosen")
+        if fallen is None or fallen.sign >= 0:
+            return None
+        fall = f"{fallen.source.capitalize()} {chosen} log-probs fell ({fallen.span} nats)"
+    return (
+        f"{fall} while the {margin.source} margin rose ({margin.span}): the policy "
+        "tells the replies apart by making both less likely. Read the samples; if they got worse, "
+        "try fewer steps, a lower learning rate, a larger beta, or an SFT term on the better replies."
+    )
+
+
+def _learned_length(run: Run) -> str | None:
+    longer, shorter = (
+        change(run, f"rewards/accuracies_chosen_{stratum}") for stratum in ("longer", "shorter")
+    )
+    if longer is None or shorter is None or longer.source != shorter.source:
+        return None
+    if abs(longer.end - shorter.end) <= STRATA_APART:
+        return None
+    favoured = "long" if longer.end > shorter.end else "short"
+    return (
+        f"{longer.source.capitalize()} accuracy {longer.end_place} is {number(longer.end)} on pairs whose "
+        f"chosen reply is the longer one and {number(shorter.end)} where it is the shorter one: it may be "
+        f"that {favoured} replies are favoured for their length. Look at the lengths in the data and in the "
+        "samples; r_dpo, dpo_norm and simpo weigh length otherwise. Where few pairs are in one of the two, "
+        "chance alone sets them apart."
+    )
+
+
+def _saturated(run: Run) -> str | None:
+    """Of the training pairs: what a step has still to learn from."""
+    share = training_change(run, "saturated")
+    if share is None or share.end <= MOST:
         return None
     return (
-        f"{chosen.source.capitalize()} chosen log-probs fell ({chosen.span} nats) while the "
-        f"{margin.source} margin rose ({margin.span}): the policy "
-        "tells the pairs apart by making both replies less likely. Read the samples; if they got worse, "
-        "try fewer steps, a lower learning rate, a larger beta, or an SFT term on the chosen replies."
+        f"{percent(share.end)} of the training pairs are saturated {share.end_place}: the policy "
+        f"tells them apart so well that their weight in DPO's gradient, sigmoid(−margin), is below "
+        f"{SATURATED:g}, and a step learns from the others alone (a loss of another form may weigh them "
+        "otherwise). More steps on the same pairs bring little but drift; try fewer epochs, a lower learning "
+        "rate, or pairs that are harder to tell apart."
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.report.run_folder import Run
+from dpo_kit.report.words import words_of
 
 MISSING = "–"
 
@@ -63,13 +64,20 @@ def memory(size: float) -> str:
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval/accuracy": ("Held-out accuracy", number),
     "eval/accuracy_ceiling": ("Accuracy ceiling (label noise)", number),
+    "eval/rewards/accuracies_chosen_longer": ("Held-out accuracy, chosen reply longer", number),
+    "eval/rewards/accuracies_chosen_shorter": ("Held-out accuracy, chosen reply shorter", number),
+    "eval/rewards/top1": ("Held-out share with the best reply on top", number),
+    "eval/rewards/margins": ("Held-out margin", number),
+    "eval/loss": ("Held-out loss", number),
     "eval/reward_before": ("Mean reward of samples, before", number),
     "eval/reward_after": ("Mean reward of samples, after", number),
     "eval/kl": ("KL to the reference (nats)", number),
-    "pairs_per_second": ("Pairs per second", number),
+    "pairs_per_second": ("{examples} per second", number),
     "tokens_saved_share": ("Tokens saved by the tree", percent),
     "peak_memory_bytes": ("Peak memory", memory),
     "train_runtime": ("Training time", duration),
+    "reference_runtime": ("Time of the reference's log-probs", duration),
+    "reference_computed": ("Reference sequences computed", number),
 }
 
 
@@ -78,7 +86,7 @@ def cards(run: Run) -> list[Card]:
     found = [_accuracy_card(run), _reward_card(run)]
     plain = {
         "eval/kl": ("KL to the reference", "nats"),
-        "pairs_per_second": ("Speed", "pairs per second"),
+        "pairs_per_second": ("Speed", f"{words_of([run]).examples} per second"),
         "tokens_saved_share": ("Tokens saved by the tree", "prefixes computed once"),
         "peak_memory_bytes": ("Peak memory", ""),
         "train_runtime": ("Training time", ""),
@@ -116,13 +124,19 @@ def _reward_card(run: Run) -> Card | None:
 
 
 def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Rows (name, one cell per run) of every summary figure that any of the runs has."""
-    known = [key for key in FIGURES if any(key in (run.summary or {}) for run in runs)]
-    other = sorted({key for run in runs for key in (run.summary or {})} - set(FIGURES))
+    """Rows (name, one cell per run) of every known summary figure that any of the runs has."""
+    examples = words_of(runs).examples.capitalize()
     return [
-        (FIGURES[key][0] if key in FIGURES else key, [_cell(run, key) for run in runs])
-        for key in [*known, *other]
+        (name.format(examples=examples), [_cell(run, key) for run in runs])
+        for key, (name, _) in FIGURES.items()
+        if any(key in (run.summary or {}) for run in runs)
     ]
+
+
+def other_figures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Rows (key, one cell per run) of whatever else the runs' summaries hold."""
+    other = sorted({key for run in runs for key in (run.summary or {})} - set(FIGURES))
+    return [(key, [_cell(run, key) for run in runs]) for key in other]
 
 
 def _cell(run: Run, key: str) -> str:
