@@ -14,6 +14,7 @@ _PLACES = {
     "PreferenceConfig": "dpo_kit.config",
     "PreferenceTrainer": "dpo_kit.trainer",
     "Recipe": "dpo_kit.recipe",
+    "ReferenceCache": "dpo_kit.reference",
     "inspect_pairs": "dpo_kit.pairs",
     "load_pairs": "dpo_kit.pairs",
     "losses": "dpo_kit",

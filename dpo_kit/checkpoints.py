@@ -118,14 +118,21 @@ class CheckpointingTrainer(Trainer):
                 "checkpoint is kept. A smaller learning rate or more warm-up may mend it."
             )
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
-            return
         step = self.state.global_step
         written = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
         final = self.checkpoint_folder / f"step-{step}"
-        self._save_more(written)
-        name_whole(written, final, self.state)
+        if self.state.best_model_checkpoint == str(written):
+            # Its name from now on, on every rank.
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._save_more(written)
+            name_whole(written, final)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
         rotate_checkpoints(
             output_dir=str(self.checkpoint_folder),
             save_total_limit=self.args.save_total_limit,
@@ -166,11 +173,8 @@ def put_aside(folder: Path) -> Path:
     return aside
 
 
-def name_whole(written: Path, final: Path, state: TrainerState) -> None:
+def name_whole(written: Path, final: Path) -> None:
     """Rename a checkpoint that is written in full to its place, so that a folder there is always whole."""
-    if state.best_model_checkpoint == str(written):
-        state.best_model_checkpoint = str(final)
-        state.save_to_json(str(written / "trainer_state.json"))
     if final.exists():
         # A run that was resumed from before it.
         shutil.rmtree(final)

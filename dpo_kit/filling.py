@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 
+from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning
 from dpo_kit.examples import Example
 from dpo_kit.models import check_length
@@ -40,16 +42,24 @@ class Filled:
     seconds: float = 0.0
 
 
-def first_rows(steps: int, batches: Callable[[], Iterable[Sequence[int]]]) -> list[int]:
-    """The rows of the first steps.
+def rows_ahead(
+    dataset: Any, args: PreferenceConfig, order: Callable[[], Iterable[Sequence[int]]]
+) -> list[int] | None:
+    """The rows that training comes to, where it ends before it has seen all of them; else None.
 
     Args:
-        steps: how many.
-        batches: the order in which rows will be dealt, batch by batch.
+        dataset: that is trained on.
+        args: of the run.
+        order: batches of rows as this rank's dataloader will deal them.
     """
+    if dataset is None or not 0 < args.max_steps * args.train_batch_size < len(dataset):
+        return None
     # A look at the order must not be one more draw from the generator.
     with torch.random.fork_rng():
-        return [row for batch in islice(batches(), steps) for row in batch]
+        own = [row for batch in islice(order(), args.max_steps) for row in batch]
+    # All ranks are to know what each is dealt, to share it out.
+    found: list[int] = gather_object(own)
+    return found
 
 
 def fill(

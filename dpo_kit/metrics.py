@@ -10,7 +10,7 @@ Leaves out what needs samples of the policy (KL(policy || reference), win rates)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -241,23 +241,31 @@ class WeightedMeans:
         state = torch.stack([sums_K, weights_KP.sum(1)])
         self._states[names] = self._states[names] + state if names in self._states else state
 
-    def state(self) -> tuple[list[str], Tensor]:
-        """Names and a [2, names] tensor of sums and weights, to be added up over ranks.
+    def cpu(self) -> WeightedMeans:
+        """The same on the host, to be sent to other ranks."""
+        return self.merged([self], "cpu")
 
-        All ranks have the same names, in the same order, where their examples are of one shape and objective.
-        """
-        names = sorted({name for together in self._states for name in together})
-        device = next(iter(self._states.values())).device if self._states else None
-        total = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-        for together, state in self._states.items():
-            total[:, [names.index(name) for name in together]] += state
-        return names, total
+    @classmethod
+    def merged(
+        cls, parts: Sequence[WeightedMeans], device: torch.device | str | None = None
+    ) -> WeightedMeans:
+        """Those of several ranks together; one that has no examples has no names either."""
+        whole = cls()
+        for part in parts:
+            for names, state in part._states.items():
+                state = state if device is None else state.to(device)
+                whole._states[names] = whole._states[names] + state if names in whole._states else state
+        return whole
 
-    @staticmethod
-    def means(names: list[str], state: Tensor) -> dict[str, float]:
-        """The means of a (summed) state, without those over nothing."""
-        sums, weights = state.tolist()
-        return {n: s / w for n, s, w in zip(names, sums, weights, strict=True) if w}
+    def means(self) -> dict[str, float]:
+        """By name, sorted, without those over nothing; waits for the device."""
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for names, state in self._states.items():
+            for name, total, weight in zip(names, *state.tolist(), strict=True):
+                sums[name] = sums.get(name, 0.0) + total
+                weights[name] = weights.get(name, 0.0) + weight
+        return {name: sums[name] / weights[name] for name in sorted(sums) if weights[name]}
 
 
 class DisplacementWatch:

@@ -94,10 +94,11 @@ class MicroBatch(SentAsArrays):
         return len(self.lengths)
 
     def to(self, device: torch.device | str, **_: Any) -> MicroBatch:
-        """The same micro-batch on another device."""
+        """The same micro-batch on another device; its keys stay, since they are looked up on the host."""
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "keys"
         }
         moved["tree"] = None if self.tree is None else self.tree.to(device)
         return replace(self, **moved)

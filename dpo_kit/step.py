@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -47,8 +48,14 @@ class Scorer:
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     metrics: tuple[str, ...] = ()
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> LogProbs:
-        """Log-probs of a micro-batch on the model's device; the policy's with gradients in grad mode."""
+    def __call__(self, model: nn.Module, batch: MicroBatch, *, again: bool = False) -> LogProbs:
+        """Log-probs of a micro-batch on the model's device; the policy's with gradients in grad mode.
+
+        Args:
+            model: the policy.
+            batch: on its device.
+            again: what carries gradients alone; the rest is known from the first time.
+        """
         common: dict[str, Any] = {
             "example": batch.sequence_example,
             "num_examples": batch.num_pairs,
@@ -63,8 +70,8 @@ class Scorer:
             # The reference first, while the policy's activations do not take the memory yet.
             distributions = _DIVERGENCE in self.objective.extras
             inputs = self.reference.head_inputs(batch) if distributions else None
-            known = None if distributions else self.reference.logprobs(batch)
-            extras = {*self.objective.extras, *self.metrics} - {_DIVERGENCE}
+            known = None if distributions or again else self.reference.logprobs(batch)
+            extras = set() if again else {*self.objective.extras, *self.metrics} - {_DIVERGENCE}
             policy = sequence_logprobs(model, batch, extras=sorted(extras), reference=inputs)
         sequences = policy.reference_sequences if known is None else known.sequences
         tokens = policy.reference_entries if known is None else known.entries
@@ -136,6 +143,11 @@ class CoupledStep:
         self.losses = losses[first : first + len(weights)]
         self._total = (losses * torch.cat([one.weights for one in shared])).sum()
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether its log-probs are leaves, so that their gradients must be carried on."""
+        return all(value.is_leaf for part in self._parts for _, value in _fields(part))
+
     def loss(self, divisor: Tensor) -> Tensor:
         """[] all ranks' weighted sum of losses over a divisor; its graph holds this rank's log-probs."""
         return self._total / divisor
@@ -167,6 +179,41 @@ class _Shared:
 
         logps = LogProbs(**{name: moved(value) for name, value in vars(self.logps).items()})
         return _Shared(logps, moved(self.weights), moved(self.mismatched))
+
+
+def couple(
+    scorer: Scorer,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    weights: Tensor,
+    running: Sequence[float | None],
+    accelerator: Accelerator,
+    ranks: int,
+) -> CoupledStep:
+    """Score a whole step and take its losses; with a graph where it is one micro-batch.
+
+    Args:
+        scorer: of the run.
+        model: the policy.
+        inputs: what `dpo_kit.planning.Planner` made of the step's rows.
+        weights: [P] of the examples.
+        running: of the objective's means, before this step.
+        accelerator: of the trainer.
+        ranks: whose examples are coupled: all of them, or 1 for this one alone.
+    """
+    device, batches = accelerator.device, inputs["micro_batches"]
+    alone = len(batches) == 1
+    if ranks > 1:
+        # On all ranks or on none: the wrapper's own collectives must come in one order everywhere.
+        alone = int(accelerator.gather(torch.tensor([len(batches)], device=device)).max()) == 1
+    strangers = inputs.get("mismatched")
+    mismatched = None if strangers is None else scorer.logratios(model, strangers, device)
+    parts = []
+    for planned in batches:
+        with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
+            logps = scorer(model, planned.to(device))
+        parts.append(logps if alone else as_leaves(logps))
+    return CoupledStep(scorer.objective, parts, weights, mismatched, running, ranks)
 
 
 def as_leaves(logps: LogProbs) -> LogProbs:

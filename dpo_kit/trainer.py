@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -32,7 +33,7 @@ from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.dealing import PromptGroups
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
-from dpo_kit.filling import Filled, fill, first_rows
+from dpo_kit.filling import Filled, fill, rows_ahead
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.losses import LogProbs, Objective, make_objective
 from dpo_kit.metrics import DisplacementWatch, WeightedMeans, pair_metrics
@@ -43,7 +44,7 @@ from dpo_kit.packing import Layout, MicroBatch, plan_step
 from dpo_kit.planning import Planner
 from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, tokenized
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
-from dpo_kit.step import CoupledStep, Scorer, as_leaves, carried_on
+from dpo_kit.step import CoupledStep, Scorer, carried_on, couple
 
 # Pairs on which it is measured what a token takes of the memory.
 _CAPACITY_PAIRS = 16
@@ -149,7 +150,7 @@ class PreferenceTrainer(CheckpointingTrainer):
                 mend="Leave it out: the reference is then the policy as it was before the first step.",
             )
         return make_reference(
-            args.reference_mode,
+            "none" if objective.needs_rewards else args.reference_mode,
             policy,
             needed=objective.needs_reference,
             given=own_forward(given) if isinstance(given, nn.Module) else given,
@@ -206,13 +207,10 @@ class PreferenceTrainer(CheckpointingTrainer):
         Of the training data only the pairs that the run comes to. `train` calls this, while the policy is
         what the reference is.
         """
-        data: Any = self.train_dataset
-        steps, places = self.args.max_steps, None
-        ends_early = data is not None and 0 < steps * self.args.train_batch_size < len(data)
-        if ends_early and self.args.world_size == 1:
+        if isinstance(self.reference, CachedReference):
             order: Any = self.get_train_dataloader
-            places = first_rows(steps, lambda: order().batch_sampler)
-        self._fill(data, places)
+            places = rows_ahead(self.train_dataset, self.args, lambda: order().batch_sampler)
+            self._fill(self.train_dataset, places)
         self._fill(self.eval_dataset)
 
     def _fill(self, dataset: Any, places: Sequence[int] | None = None) -> None:
@@ -242,19 +240,11 @@ class PreferenceTrainer(CheckpointingTrainer):
     def _coupled(
         self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, split: str | None
     ) -> CoupledStep:
-        """A whole step's losses, where one depends on the others; with a graph if it is one micro-batch."""
-        device, batches = self.args.device, inputs["micro_batches"]
-        strangers = inputs.get("mismatched")
-        mismatched = None if strangers is None else self._scorer.logratios(model, strangers, device)
-        alone = len(batches) == 1
-        parts = []
-        for planned in batches:
-            with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
-                logps = self._scorer(model, planned.to(device))
-            parts.append(logps if alone else as_leaves(logps))
+        """A whole step's losses, where one depends on the others."""
+        batches = inputs["micro_batches"]
         # Held-out examples are coupled within what one rank evaluates at once.
         ranks = self.args.world_size if split == "train" else 1
-        step = CoupledStep(self.objective, parts, weights, mismatched, self._counts.running, ranks)
+        step = couple(self._scorer, model, inputs, weights, self._counts.running, self.accelerator, ranks)
         sources = [source for batch in batches for source in batch.sources]
         self._watch(step.logps, step.losses, weights, sources, split)
         return step
@@ -323,7 +313,7 @@ class PreferenceTrainer(CheckpointingTrainer):
             with self._attention(model):
                 step = self._coupled(model, inputs, weights, "train")
             self._counts.running = step.running
-            gradients = step.gradients(weight) if len(batches) > 1 else []
+            gradients = step.gradients(weight) if step.is_cut else []
         step_losses: list[Tensor] = []
         for place, planned in enumerate(batches):
             batch = planned.to(self.args.device)
@@ -334,7 +324,7 @@ class PreferenceTrainer(CheckpointingTrainer):
                     loss = (losses * batch.weights).sum() / weight
                     step_losses.append(losses.detach())
                 elif gradients:
-                    loss = carried_on(self._scorer(model, batch), gradients[place])
+                    loss = carried_on(self._scorer(model, batch, again=True), gradients[place])
                 else:
                     loss = step.loss(weight)
                 self.accelerator.backward(loss)
@@ -363,11 +353,12 @@ class PreferenceTrainer(CheckpointingTrainer):
 
     def _take_means(self, split: str) -> dict[str, float]:
         """Means over all ranks since the last time."""
-        names, state = self._means[split].state()
+        means = self._means[split]
         self._means[split] = WeightedMeans()
-        if self.args.world_size > 1 and names:
-            state = self.accelerator.reduce(state.to(self.args.device), "sum")
-        return WeightedMeans.means(names, state)
+        if self.args.world_size > 1:
+            # A rank may have had no example at all, and so no names.
+            means = WeightedMeans.merged(gather_object([means.cpu()]))
+        return means.means()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add preference metrics and speed to a line of training logs; warn where it goes wrong."""
@@ -376,7 +367,8 @@ class PreferenceTrainer(CheckpointingTrainer):
             logs |= self._take_means("train")
             if advice := self._displacement.advice(logs):
                 warnings.warn(f"step {self.state.global_step}: {advice}", DpoKitWarning, stacklevel=2)
-            logs["num_tokens"] = self._counts.tokens
+            tokens = torch.tensor([self._counts.tokens], device=self.args.device)
+            logs["num_tokens"] = int(self.accelerator.gather(tokens).sum())
             logs["pairs_per_second"] = pairs * self.args.world_size / max(now - self._logged_at, 1e-9)
             self._logged_at, self._logged_pairs = now, self._counts.pairs
         super().log(logs, start_time)
@@ -425,7 +417,14 @@ class PreferenceTrainer(CheckpointingTrainer):
                 self._settle_layout(eval_dataset)
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._fill(self.eval_dataset[data] if isinstance(data, str) else data)  # type: ignore[index]
-        return super().get_eval_dataloader(eval_dataset)
+        # Every held-out pair counts once, even if a rank then has fewer; but all ranks of a sharded model
+        # must run alike.
+        even = self.accelerator.even_batches
+        self.accelerator.even_batches = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.accelerator.even_batches = even
 
     @property
     def tokens_saved_share(self) -> float:
@@ -451,7 +450,8 @@ class PreferenceTrainer(CheckpointingTrainer):
                     pairs += len(losses)
         self._logged_at += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._take_means("eval").items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=pairs)  # type: ignore[arg-type]
+        counted = int(self.accelerator.gather(torch.tensor([pairs], device=self.args.device)).sum())
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=counted)  # type: ignore[arg-type]
 
     def _held_out(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
         """Where they come from and their losses, of each micro-batch, or of all at once."""

@@ -36,7 +36,7 @@ def means(logps, losses=LOSSES, beta=BETA, weights=None):
     running = WeightedMeans()
     weights = torch.ones(logps.num_examples) if weights is None else weights
     running.add(pair_metrics(logps, losses, beta), weights)
-    return WeightedMeans.means(*running.state())
+    return running.means()
 
 
 def sigmoid(x):
@@ -271,21 +271,19 @@ def test_means_do_not_depend_on_the_cut(shape):
     ranks = [WeightedMeans(), WeightedMeans()]
     for i, (logps, loss, weight) in enumerate(zip(parts, losses, weights, strict=True)):
         ranks[i % 2].add(pair_metrics(logps, loss, BETA), weight)
-    (names, first), (other_names, second) = (rank.state() for rank in ranks)
-    assert names == other_names
     whole = means(concatenate(parts), torch.cat(losses), weights=torch.cat(weights))
-    assert WeightedMeans.means(names, first + second) == pytest.approx(whole, rel=1e-6)
+    merged = WeightedMeans.merged([*(rank.cpu() for rank in ranks), WeightedMeans()])
+    assert merged.means() == pytest.approx(whole, rel=1e-6)
 
 
 def test_what_does_not_count_may_be_anything_and_names_may_come_late():
     running = WeightedMeans()
     running.add({"a": Counted(tensor(1, math.nan), torch.tensor([2, 0]))}, tensor(1, 1))
     running.add({"a": tensor(4, math.inf), "b": tensor(1, 2)}, tensor(1, 0))
-    names, state = running.state()
-    assert names == ["a", "b"]
-    assert WeightedMeans.means(names, state) == {"a": 2.0, "b": 1.0}
-    assert WeightedMeans.means(names, 0 * state) == {}
-    assert WeightedMeans.means(*WeightedMeans().state()) == {}
+    assert running.means() == {"a": 2.0, "b": 1.0}
+    running = WeightedMeans()
+    running.add({"a": tensor(4)}, tensor(0))
+    assert running.means() == WeightedMeans().means() == {}
 
 
 def test_metrics_carry_no_gradient():
@@ -308,9 +306,7 @@ def test_the_device_is_not_waited_for(given):
         running.add(pair_metrics(logps, losses, BETA), weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert WeightedMeans.means(*running.state()) == pytest.approx(
-        means(given(), torch.ones(logps.num_examples)), rel=1e-5
-    )
+    assert running.means() == pytest.approx(means(given(), torch.ones(logps.num_examples)), rel=1e-5)
 
 
 def said(*lines):

@@ -236,3 +236,16 @@ def test_a_moving_reference_of_an_adapter_moves_it_whole_and_keeps_no_more(tmp_p
 def test_a_moving_reference_refuses_what_is_out_of_range(every, weight):
     with pytest.raises(InputError, match="expected"):
         MovingReference(make_model("llama"), update_every=every, weight=weight)
+
+
+def test_an_adapter_from_a_folder_is_the_reference(tmp_path):
+    saved = adapt(make_model("llama"), trained=True)
+    saved.save_pretrained(tmp_path / "adapter")
+    policy = adapt(make_model("llama"), target_modules=["v_proj"])
+    trained = [n for n, p in policy.named_parameters() if p.requires_grad]
+    reference = make_reference("adapter", policy, needed=True, adapter=str(tmp_path / "adapter"))
+    expected = sequence_logprobs(saved.eval(), BATCH).sequences.detach()
+    torch.testing.assert_close(reference.logprobs(BATCH).sequences, expected, rtol=1e-5, atol=1e-5)
+    assert [n for n, p in policy.named_parameters() if p.requires_grad] == trained
+    with pytest.raises(InputError, match=r"has no adapter \(adapter_model.safetensors\)"):
+        make_reference("adapter", policy, needed=True, adapter=str(tmp_path))

@@ -1,7 +1,5 @@
-"""The cached reference: what a model's key depends on, values equal to a live reference's, and that exactly
-what is missing is computed."""
+"""The cached reference: values equal to a live reference's, and exactly what is missing is computed."""
 
-import contextlib
 import copy
 import os
 import signal
@@ -18,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from dpo_kit.errors import InputError, TrainingError
 from dpo_kit.examples import PairTokens, ScoredReplies
-from dpo_kit.fingerprint import digest_weights, files_key, model_key
+from dpo_kit.fingerprint import digest_weights, model_key
 from dpo_kit.packing import pack_tree, plan_step
 from dpo_kit.reference import LiveReference, ReferenceCache, make_reference
 from dpo_kit.reference.shards import Shard
@@ -35,7 +33,7 @@ def plan(examples):
 def fill(reference, pairs, **settings):
     """In groups of four."""
     groups = [pairs[i : i + 4] for i in range(0, len(pairs), 4)]
-    settings = {"plan": plan, "autocast": contextlib.nullcontext, "device": CPU} | settings
+    settings = {"plan": plan, "device": CPU} | settings
     return reference.fill(groups, **settings)
 
 
@@ -60,91 +58,6 @@ def lora(model, seed=None, **settings):
             if "lora_" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return adapted
-
-
-def test_the_key_changes_with_all_that_a_value_depends_on():
-    def one_weight(model):
-        model.model.layers[1].mlp.up_proj.weight.data[3, 5] += 1e-6
-
-    def one_buffer(model):
-        model.model.rotary_emb.inv_freq[-1] *= 1.0001
-
-    def swapped(model):
-        one, other = model.model.layers
-        one.mlp.up_proj.weight, other.mlp.up_proj.weight = other.mlp.up_proj.weight, one.mlp.up_proj.weight
-
-    def theta(model):
-        model.config.rope_parameters["rope_theta"] = 5e5
-
-    def epsilon(model):
-        model.config.rms_norm_eps = 1e-5
-
-    def unknown_field(model):
-        model.config.new_in_some_release = True
-
-    def half(model):
-        model.bfloat16()
-
-    keys = [model_key(make_model("llama"))]
-    for change in (one_weight, one_buffer, swapped, theta, epsilon, unknown_field, half):
-        model = make_model("llama")
-        change(model)
-        keys.append(model_key(model))
-    keys += [model_key(make_model("llama"), autocast=dtype) for dtype in (torch.bfloat16, torch.float16)]
-    keys.append(model_key(make_model("qwen2")))
-    for settings in ({"seed": 1}, {"seed": 2}, {"seed": 1, "lora_alpha": 16}):
-        keys.append(model_key(lora(make_model("llama"), **settings)))
-    scaled = lora(make_model("llama"), seed=1)
-    scaled.base_model.model.model.layers[0].self_attn.q_proj.set_scale("default", 3.0)
-    keys.append(model_key(scaled))
-    assert len(set(keys)) == len(keys)
-
-
-def test_the_key_does_not_change_with_what_no_value_depends_on(tmp_path):
-    key = model_key(make_model("llama"))
-    model = make_model("llama", attention_dropout=0.5, bos_token_id=7, use_cache=False)
-    model.config._attn_implementation = "sdpa"
-    model.config._name_or_path = "somewhere/else"
-    model.train().requires_grad_(False)
-    model.gradient_checkpointing_enable()
-    assert model_key(model) == key
-    model.save_pretrained(tmp_path)
-    assert model_key(type(model).from_pretrained(tmp_path)) == key
-    assert model_key(torch.nn.parallel.DataParallel(model)) == key
-    assert model_key(torch.compile(model)) == key
-
-
-def test_a_peft_model_without_its_adapter_has_the_key_of_the_base_model():
-    key = model_key(make_model("llama"))
-    adapted = lora(make_model("llama"), seed=1, modules_to_save=["lm_head"])
-    assert model_key(adapted) != key
-    assert model_key(adapted, adapters=[]) == key
-    with adapted.disable_adapter():
-        assert model_key(adapted) == key
-    # The name of an adapter is no part of it; what it is, is.
-    renamed = get_peft_model(make_model("llama"), adapted.peft_config["default"], adapter_name="other")
-    renamed.load_state_dict(
-        {name.replace(".default", ".other"): value for name, value in adapted.state_dict().items()}
-    )
-    assert model_key(renamed) == model_key(adapted)
-
-
-def test_weights_digest_sees_blocks_ties_and_empty_tensors():
-    class Holder(torch.nn.Module):
-        def __init__(self, **values):
-            super().__init__()
-            for name, value in values.items():
-                self.register_buffer(name, value)
-
-    large = torch.zeros(3 << 20)
-    changed = large.clone()
-    changed[-1] = 1
-    digests = {
-        digest_weights(Holder(a=value, b=torch.zeros(()), c=torch.zeros(0, 3)))
-        for value in (large, changed, large.view(3, -1), large.int(), large[:-1])
-    }
-    assert len(digests) == 5
-    assert digest_weights(Holder(a=large, b=large)) == digest_weights(Holder(a=large, b=large.clone()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -284,28 +197,6 @@ def test_a_model_in_files_is_not_loaded_where_all_is_known(tmp_path, monkeypatch
     torch.testing.assert_close(warm.logprobs(batch).sequences, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_files_are_known_by_their_bytes(tmp_path):
-    make_model("llama").save_pretrained(tmp_path / "base")
-    lora(make_model("llama"), seed=1).save_pretrained(tmp_path / "adapter")
-    config = tmp_path / "adapter" / "adapter_config.json"
-    key = files_key(tmp_path / "base", "float32")
-    assert key != files_key(tmp_path / "base", "bfloat16")
-    # An adapter on a model that is not there.
-    assert files_key(tmp_path / "adapter") is None
-    config.write_text(
-        config.read_text().replace(
-            '"base_model_name_or_path": null', '"base_model_name_or_path": "%s"' % (tmp_path / "base")
-        )
-    )
-    adapter = files_key(tmp_path / "adapter")
-    weights = tmp_path / "base" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert files_key(tmp_path / "base", "float32") != key
-    assert files_key(tmp_path / "adapter") != adapter
-
-
 def test_a_model_that_was_given_fills_and_goes_back_to_its_place(tmp_path):
     given, policy, pairs = make_model("llama", seed=7), make_model("llama"), make_pairs()
     reference = cached(policy, tmp_path, given=given)
@@ -316,14 +207,35 @@ def test_a_model_that_was_given_fills_and_goes_back_to_its_place(tmp_path):
     assert next(given.parameters()).device == CPU
 
 
-def test_a_sequence_that_was_never_computed_is_named(tmp_path):
-    pairs = make_pairs(8)
-    reference = cached(make_model("llama"), tmp_path)
+def test_a_sequence_that_was_not_asked_for_is_computed_on_the_spot(tmp_path):
+    model, pairs = make_model("llama"), make_pairs(8)
+    reference = cached(model, tmp_path, tokens=True)
     fill(reference, pairs[:6])
-    with pytest.raises(TrainingError, match=r"lacks 4 sequences.*pairs:6, pairs:7\. .*live"):
-        reference.logprobs(pack_tree(pairs, with_keys=True))
+    batch = pack_tree(pairs, with_keys=True)
+    found, expected = reference.logprobs(batch), LiveReference.copy_of(model).logprobs(batch)
+    torch.testing.assert_close(found.sequences, expected.sequences, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.entries, expected.entries, rtol=1e-4, atol=1e-5)
+    assert fill(cached(model, tmp_path), pairs) == 0
     with pytest.raises(ValueError, match="with_keys"):
         reference.logprobs(pack_tree(pairs))
+    train(model)
+    with pytest.raises(InputError, match="the model itself is gone"):
+        reference.logprobs(pack_tree(make_pairs(seed=5), with_keys=True))
+
+
+def test_values_are_of_the_precision_that_the_key_says_wherever_they_are_computed(tmp_path):
+    model, pairs = make_model("llama"), make_pairs(8)
+    batch = pack_tree(pairs, with_keys=True)
+    expected = {}
+    for dtype in (None, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            expected[dtype] = sequence_logprobs(model, batch).sequences
+    assert (expected[None] - expected[torch.bfloat16]).abs().max() > 1e-3
+    for dtype, other in ((None, torch.bfloat16), (torch.bfloat16, None)):
+        reference = cached(model, tmp_path, autocast=dtype)
+        with torch.autocast("cpu", other, enabled=other is not None):
+            found = reference.logprobs(batch).sequences
+        torch.testing.assert_close(found, expected[dtype], rtol=1e-5, atol=1e-5)
 
 
 def test_log_probs_that_are_not_finite_are_not_kept(tmp_path):
@@ -348,6 +260,19 @@ def test_ranks_share_the_work_and_see_each_others(tmp_path):
         assert all(len(reference.logprobs(batch).sequences) for batch in plan(pairs))
 
 
+def test_a_fill_that_is_interrupted_keeps_what_it_has_done(tmp_path):
+    model, pairs, done = make_model("llama"), make_pairs(24), []
+
+    def interrupted(count):
+        done.append(count)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(cached(model, tmp_path), pairs, progress=interrupted)
+    assert fill(cached(model, tmp_path), pairs) == sequences_in(pairs) - sum(done)
+
+
 def test_settle_is_called_with_the_model_that_scores(tmp_path):
     model, seen = make_model("llama"), []
     reference = cached(model, tmp_path)
@@ -357,7 +282,7 @@ def test_settle_is_called_with_the_model_that_scores(tmp_path):
 
 
 _FILL = """
-import contextlib, sys, time, torch
+import sys, time
 sys.path.insert(0, {tests!r})
 from families import make_model, make_pairs
 from test_reference_cache import cached, fill

@@ -1,28 +1,30 @@
-"""The reference cache on disk: damaged files, full disks, clearing up, and its commands."""
+"""The reference cache on disk: damaged files, full disks, and what other processes do meanwhile."""
 
 import errno
 import hashlib
-import json
 import os
 import re
 import resource
+import shutil
 import stat
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from families import make_model, make_pairs
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_reference_cache import cached, fill, plan, sequences_in
 
-from dpo_kit import cli
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.reference import ReferenceCache
 from dpo_kit.reference.lookup import Lookup
-from dpo_kit.reference.shards import Shard, read_shard, write_file, write_shard
+from dpo_kit.reference.shards import DamagedShardError, Shard, read_shard, write_file, write_shard
 from dpo_kit.reference.store import ModelStore
 
 
@@ -145,6 +147,7 @@ def test_whatever_is_in_a_file_no_wrong_value_comes_out(tmp_path, data):
         ),
     ),
 )
+@example(kind="sequences", parts={"keys": (np.uint8, [], 0), "sums": (np.float64, [], 0)})
 def test_a_file_of_another_form_under_its_own_digest_is_damaged_or_fits(tmp_path, kind, parts):
     arrays = {
         name: np.full(shape, value).astype(dtype, casting="unsafe")
@@ -161,6 +164,40 @@ def test_a_file_of_another_form_under_its_own_digest_is_damaged_or_fits(tmp_path
             assert lookup.sums(places).shape == (len(shard),)
             if kind == "tokens":
                 assert len(lookup.entries(places)) == len(shard.logprobs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lengths": np.array([1, 2, 3])},
+        {"lengths": np.array([1, 2, 3, 4, -1])},
+        {"lengths": np.array([1, 2, 3, 4, 0]), "logprobs": np.zeros(10, np.float32)},
+        {"logprobs": np.zeros(3, np.float32)},
+        {"logprobs": np.zeros((1, 15), np.float32)},
+        {"sums": np.zeros(4)},
+        {"sums": np.zeros((5, 1))},
+        {"keys": np.zeros((5, 8), np.uint8)},
+        {"keys": np.zeros((5, 16), np.int8)},
+        {"sums": np.zeros(5, np.float32)},
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit_together_are_damage_whatever_the_digest_says(tmp_path, change):
+    arrays = {
+        "keys": np.zeros((5, 16), np.uint8),
+        "sums": np.zeros(5),
+        "lengths": np.arange(1, 6),
+        "logprobs": np.zeros(15, np.float32),
+    }
+    for parts, fits in ((arrays, True), (arrays | change, False)):
+        content = safetensors.numpy.save(parts)
+        path = tmp_path / f"tokens-{hashlib.sha256(content).hexdigest()[:32]}.safetensors"
+        write_file(path, content)
+        if fits:
+            assert len(read_shard(path)) == 5
+        else:
+            with pytest.raises(DamagedShardError):
+                read_shard(path)
 
 
 def test_a_file_in_writing_is_never_read(tmp_path):
@@ -192,6 +229,46 @@ def test_a_full_disk_is_an_input_error_and_leaves_nothing_half_written(tmp_path)
     assert str(tmp_path) in str(refused.value)
     assert "prune" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+_UNTIL_FULL = """
+import sys, warnings
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_reference_store import make_shard
+from dpo_kit.errors import InputError
+from dpo_kit.reference.shards import read_shard, write_shard
+folder = Path(sys.argv[1])
+try:
+    for seed in range(1000):
+        write_shard(folder, make_shard(500, seed=seed))
+except InputError as error:
+    print(error)
+assert all(len(read_shard(path)) == 500 for path in folder.iterdir())
+print(seed, len(list(folder.iterdir())))
+"""
+
+
+def test_a_disk_that_fills_up_keeps_what_was_whole(tmp_path):
+    # A file system of 64 KiB, seen by this one process alone.
+    mount = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=64k none "$0" && exec "$@"',
+        str(tmp_path),
+    ]
+    if shutil.which("unshare") is None or subprocess.run([*mount, "true"], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    code = _UNTIL_FULL.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [*mount, sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    refused, counts = done.stdout.splitlines()
+    assert "No space left on device" in refused
+    written, found = map(int, counts.split())
+    assert written == found > 1
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -238,117 +315,3 @@ def test_files_have_the_modes_that_the_user_asked_for(tmp_path, mask):
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
-
-
-def run_cli(*arguments):
-    with pytest.raises(SystemExit) as left:
-        cli.main([str(a) for a in arguments])
-    return left.value.code or 0
-
-
-def age(store, days):
-    for path in store.folder.iterdir():
-        then = time.time() - days * 86400
-        os.utime(path, (then, then))
-
-
-@pytest.fixture
-def two_models(tmp_path):
-    """A cache of two models: one not used for ten days, one with a damaged and a half-written file."""
-    pairs = make_pairs()
-    for seed, tokens in ((0, False), (1, True)):
-        model = make_model("llama", seed=seed)
-        model.config._name_or_path = f"models/{seed}"
-        fill(cached(model, tmp_path, tokens=tokens), pairs)
-    stores = {s.summary().name: s for s in ReferenceCache(tmp_path).stores()}
-    old, new = stores["models/0"], stores["models/1"]
-    (new.folder / f"sequences-{'0' * 32}.safetensors.damaged").write_bytes(b"x")
-    (new.folder / ".sequences-1.safetensors.1-2.writing").write_bytes(b"y")
-    age(old, 10)
-    return tmp_path, old, new, sequences_in(pairs)
-
-
-def test_ls_shows_what_is_kept(two_models, capsys):
-    folder, old, new, count = two_models
-    assert run_cli("cache", "ls", "--json", "--cache-dir", folder) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["folder"] == str(folder / "reference")
-    rows = {row["name"]: row for row in found["models"]}
-    assert [row["key"] for row in found["models"]] == [new.folder.name, old.folder.name]
-    assert (rows["models/0"]["sequences"], rows["models/0"]["with_tokens"]) == (count, 0)
-    assert (rows["models/1"]["sequences"], rows["models/1"]["with_tokens"]) == (count, count)
-    assert rows["models/1"]["damaged"] == 1
-    assert rows["models/0"]["dtype"] == "torch.float32"
-    assert rows["models/0"]["bytes"] == sum(p.stat().st_size for p in old.folder.iterdir())
-    assert run_cli("cache", "ls", "--cache-dir", folder) == 0
-    assert "models/0" in capsys.readouterr().out
-    assert run_cli("cache", "ls", "--json", "--cache-dir", folder / "none") == 0
-    assert json.loads(capsys.readouterr().out)["models"] == []
-
-
-def test_verify_names_what_is_damaged(two_models, capsys):
-    folder, old, _, _ = two_models
-    assert run_cli("cache", "verify", "--cache-dir", folder) == 0
-    victim = old.shards()[0]
-    victim.write_bytes(victim.read_bytes()[:-1])
-    assert run_cli("cache", "verify", "--cache-dir", folder) == 1
-    assert str(victim) in capsys.readouterr().out
-    # It only looks.
-    assert victim.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "goes"),
-    [
-        (["--older-than", "9"], "old"),
-        (["--older-than", "11"], ""),
-        (["--model", "NEW"], "new"),
-        (["--model", "NEW", "--older-than", "9"], ""),
-        (["--damaged"], "damaged"),
-        (["--all"], "all"),
-    ],
-)
-def test_prune_removes_what_is_asked_and_nothing_else(two_models, options, goes, capsys):
-    folder, old, new, _ = two_models
-    (old.folder / "notes.txt").write_text("mine")
-    age(old, 10)
-    options = [option.replace("NEW", new.folder.name[:8]) for option in options]
-    before = {path for path in folder.rglob("*") if path.is_file()}
-    assert run_cli("cache", "prune", *options, "--dry-run", "--cache-dir", folder) == 0
-    assert {path for path in folder.rglob("*") if path.is_file()} == before
-    said = capsys.readouterr()
-    assert run_cli("cache", "prune", *options, "--cache-dir", folder) == 0
-    gone = before - {path for path in folder.rglob("*") if path.is_file()}
-    expected = {
-        "old": {path for path in before if path.parent == old.folder},
-        "new": {path for path in before if path.parent == new.folder},
-        "damaged": {path for path in before if path.name.endswith(".damaged")},
-        "all": before,
-        "": set(),
-    }[goes] - {old.folder / "notes.txt"}
-    assert gone == expected
-    assert {line for line in said.out.splitlines() if line} == {str(path) for path in gone}
-
-
-def test_prune_clears_what_a_dead_process_left_in_writing(two_models):
-    folder, _, new, _ = two_models
-    left = next(path for path in new.folder.iterdir() if path.name.endswith(".writing"))
-    os.utime(left, (1, 1))
-    assert run_cli("cache", "prune", "--damaged", "--cache-dir", folder) == 0
-    assert not left.exists()
-
-
-def test_prune_refuses_to_guess(two_models, capsys):
-    folder, *_ = two_models
-    assert run_cli("cache", "prune", "--cache-dir", folder) == 2
-    assert "--older-than" in capsys.readouterr().err
-    for options, problem in (
-        (("--model", "zz"), "no model has"),
-        (("--model", ""), "2 models have"),
-        (("--all", "--older-than", "9"), "--all"),
-        (("--older-than", "-1"), "0 or more"),
-        (("--older-than", "nan"), "0 or more"),
-    ):
-        assert run_cli("cache", "prune", *options, "--cache-dir", folder) == 2
-        assert problem in capsys.readouterr().err
-    assert len(ReferenceCache(folder).stores()) == 2

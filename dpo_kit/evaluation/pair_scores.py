@@ -1,10 +1,8 @@
-"""Log-probs of examples under one model: of many of them in turn, and of both replies of every pair."""
+"""Log-probs under one model: of micro-batches in turn, and of both replies of every pair of a data set."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,21 +17,19 @@ from dpo_kit.scoring import SequenceLogProbs, choose_layout, sequence_logprobs
 _PAIRS_AT_ONCE = 256
 
 
-def score_examples(
+def score_batches(
     model: nn.Module,
-    lots: Iterable[list[Example]],
-    plan: Callable[[list[Example]], list[MicroBatch]],
+    batches: Iterable[MicroBatch],
     device: torch.device,
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[MicroBatch, SequenceLogProbs]]:
-    """Score examples, lot by lot.
+    """Score micro-batches in turn, without gradients.
 
     Args:
         model: a causal LM on the device; in eval mode meanwhile.
-        lots: examples that are planned together.
-        plan: a lot -> micro-batches, each example in one of them.
+        batches: what is scored.
         device: of the model.
-        autocast: what the forward passes run in.
+        autocast: what the forward passes run in, whatever the caller runs in; None for the weights' dtype.
 
     Yields:
         Each micro-batch, on the device, with its log-probs.
@@ -41,13 +37,12 @@ def score_examples(
     training = model.training
     model.eval()
     try:
-        for examples in lots:
-            for planned in plan(examples):
-                batch = planned.to(device)
-                # Not around the yield: there it would hold for the caller too.
-                with torch.no_grad(), autocast():
-                    scored = sequence_logprobs(model, batch)
-                yield batch, scored
+        for planned in batches:
+            batch = planned.to(device)
+            # Not around the yield: there it would hold for the caller too.
+            with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+                scored = sequence_logprobs(model, batch)
+            yield batch, scored
     finally:
         model.train(training)
 
@@ -77,11 +72,9 @@ def score_pairs(
     layout, reason = choose_layout(model, probe, backend)
     values = torch.empty(len(dataset), 2, dtype=torch.float64)
     lengths = torch.empty(len(dataset), 2, dtype=torch.int64)
-
-    def plan(pairs: list[Example]) -> list[MicroBatch]:
-        return plan_step(pairs, token_budget, layout, backend)
-
-    for batch, scored in score_examples(model, _numbered_pairs(dataset), plan, device):
+    lots = _numbered_pairs(dataset)
+    batches = (batch for pairs in lots for batch in plan_step(pairs, token_budget, layout, backend))
+    for batch, scored in score_batches(model, batches, device):
         index = torch.tensor([int(source) for source in batch.sources])
         values[index] = scored.sequences.view(2, -1).T.double().cpu()
         lengths[index] = batch.lengths.view(2, -1).T.cpu()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,15 @@ import torch
 from torch import nn
 
 from dpo_kit.errors import InputError, TrainingError
-from dpo_kit.evaluation.pair_scores import score_examples
+from dpo_kit.evaluation.pair_scores import score_batches
 from dpo_kit.examples import Example, ScoredReplies, number_sequences, sequence_keys, sequences_of
 from dpo_kit.logprob import HeadInputs
+from dpo_kit.models import unwrap
 from dpo_kit.packing import MicroBatch
 from dpo_kit.reference.lookup import Lookup
 from dpo_kit.reference.shards import Kind, Shard
 from dpo_kit.reference.store import ModelStore
-from dpo_kit.scoring import SequenceLogProbs, sequence_logprobs
+from dpo_kit.scoring import SequenceLogProbs
 
 # device -> the reference model, for as long as the context lasts.
 Source = Callable[[torch.device], AbstractContextManager[nn.Module]]
@@ -50,7 +52,8 @@ class CachedReference:
         source: gives the model, where some must be computed.
         is_policy: whether it has the weights that the policy starts from.
         tokens: whether the log-prob of each token is wanted too.
-        about: what `dpo-kit cache ls` shows of the model; see `ModelStore.describe`.
+        autocast: what the model is run in; part of its key.
+        name: where the model was loaded from, for `dpo-kit cache ls`.
     """
 
     needs_keys = True
@@ -63,13 +66,15 @@ class CachedReference:
         *,
         is_policy: bool,
         tokens: bool = False,
-        about: dict[str, Any] | None = None,
+        autocast: torch.dtype | None = None,
+        name: str = "",
     ) -> None:
         self.store = store
         self.is_policy = is_policy
         self.tokens = tokens
         self._source = source
-        self._about = about or {}
+        self._autocast = autocast
+        self._name = name
         self._seen: set[str] = set()
         self._parts: list[Shard] = []
         self._known = Lookup(Shard.joined([]))
@@ -102,23 +107,21 @@ class CachedReference:
 
         Raises:
             InputError: a sequence was never computed, and the model cannot be had any more.
+            TrainingError: another process removed what was computed.
         """
         keys = _keys_of(batch)
         places = self._known.find(keys)
         if (places < 0).any():
-            self._compute(batch)
+            with self._source(batch.lengths.device) as model:
+                self._compute(model, [batch], batch.lengths.device)
+            self.reload()
             places = self._known.find(keys)
+        if (places < 0).any():
+            raise TrainingError(f"log-probs of the reference were removed from {self.store.folder} meanwhile")
         device = batch.lengths.device
         sums = torch.from_numpy(self._known.sums(places)).float()
         entries = torch.from_numpy(self._known.entries(places)) if self.tokens else torch.empty(0)
         return SequenceLogProbs(sums.to(device, non_blocking=True), entries.to(device, non_blocking=True))
-
-    def _compute(self, batch: MicroBatch) -> None:
-        with self._source(batch.lengths.device) as model, torch.no_grad():
-            scored = sequence_logprobs(model, batch)
-        self.store.describe(**self._about)
-        self.store.add(_shard_of(batch, scored).of_kind(self.kind), self.kind)
-        self.reload()
 
     def head_inputs(self, batch: MicroBatch) -> HeadInputs:
         """Whole distributions are not kept."""
@@ -129,7 +132,6 @@ class CachedReference:
         groups: Iterable[Sequence[Example]],
         *,
         plan: Plan,
-        autocast: Callable[[], AbstractContextManager[Any]],
         device: torch.device,
         settle: Callable[[nn.Module, list[Example]], None] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -138,13 +140,12 @@ class CachedReference:
     ) -> int:
         """Compute what is missing, each distinct sequence once, and write it.
 
-        Nothing is loaded where nothing is missing. On several ranks each computes a share of the groups; when
+        Nothing is loaded where nothing is missing. On several ranks each takes a share of the prompts; when
         all have come back, each calls `reload` to see what the others wrote.
 
         Args:
             groups: examples by groups; those of a group are planned together, and share what they share.
             plan: examples -> micro-batches with their keys.
-            autocast: what the model is run in; part of the model's key.
             device: to run it on.
             settle: called once with the model and the first examples, before `plan`.
             progress: called with the number of sequences done since the last call.
@@ -163,29 +164,44 @@ class CachedReference:
         first = next(wanted, None)
         if first is None:
             return 0
-        done = 0
+        batches = (batch for examples in chain([first], wanted) for batch in plan(examples))
         with self._source(device) as model:
-            self.store.describe(**self._about)
             if settle is not None:
                 settle(model, first)
-            with _Writer(self.store, self.kind) as writer:
-                for batch, scored in score_examples(model, chain([first], wanted), plan, device, autocast):
-                    writer.add(_shard_of(batch, scored))
-                    done += batch.num_sequences
-                    if progress is not None:
-                        progress(batch.num_sequences)
+            done = self._compute(model, batches, device, progress)
         self.reload()
         return done
 
+    def _compute(
+        self,
+        model: nn.Module,
+        batches: Iterable[MicroBatch],
+        device: torch.device,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Score micro-batches and write what comes out; how many sequences that were."""
+        done = 0
+        self.store.describe(
+            name=self._name,
+            dtype=str(next(model.parameters()).dtype),
+            autocast=None if self._autocast is None else str(self._autocast),
+            parameters=sum(p.numel() for p in model.parameters()),
+            **{"class": type(unwrap(model)).__name__},
+        )
+        with _Writer(self.store, self.kind) as writer:
+            for batch, scored in score_batches(model, batches, device, self._autocast):
+                writer.add(_shard_of(batch, scored))
+                done += batch.num_sequences
+                if progress is not None:
+                    progress(batch.num_sequences)
+        return done
+
     def _wanted(self, groups: Iterable[Sequence[Example]], rank: int, ranks: int) -> Iterator[list[Example]]:
-        """Missing sequences of this rank's groups, as examples with one reply each, in handy lots."""
+        """Missing sequences of this rank's prompts, as examples with one reply each, in handy lots."""
         seen: set[bytes] = set()
         waiting: list[Example] = []
-        for number, group in enumerate(groups):
-            # All ranks look at all groups, so that a sequence that is in several belongs to one.
-            found = self._missing_of(group, seen)
-            if number % ranks == rank:
-                waiting += found
+        for group in groups:
+            waiting += [e for e in self._missing_of(group, seen) if _rank_of(e, ranks) == rank]
             if len(waiting) >= _TOGETHER:
                 yield waiting
                 waiting = []
@@ -207,6 +223,11 @@ class CachedReference:
                     ScoredReplies(example.prompt, [example.replies[slot]], [1.0], source=example.source)
                 )
         return found
+
+
+def _rank_of(example: Example, ranks: int) -> int:
+    """Replies to one prompt stay together, and it does not matter what each rank has found on disk so far."""
+    return crc32(example.prompt.astype(np.int64).tobytes()) % ranks
 
 
 def _keys_of(batch: MicroBatch) -> npt.NDArray[np.uint8]:

@@ -18,6 +18,7 @@ from dpo_kit.reference.in_memory import (
     LiveReference,
     MovingReference,
     adapters_off,
+    load_adapter,
 )
 from dpo_kit.reference.interface import NoReference, Reference
 from dpo_kit.reference.origin import Origin, key_of_path
@@ -52,7 +53,7 @@ def make_reference(
         tokens: whether it wants those of each token.
         autocast: what the models are run in.
         cache_dir: of "cached"; see `ReferenceCache`.
-        adapter: name of the adapter that is the reference, in mode "adapter".
+        adapter: the adapter that is the reference, in mode "adapter": its folder, or its name in the policy.
         update_every: steps between updates, in mode "moving".
         update_weight: the policy's share in an update, in mode "moving".
 
@@ -119,8 +120,10 @@ def _in_memory(
         raise InputError(
             "mode adapter needs the name of an adapter",
             field="reference.adapter",
-            mend="Name one that the policy has loaded (model.load_adapter).",
+            mend="Give its folder, or the name of one that the policy has loaded.",
         )
+    if Path(adapter).is_dir():
+        adapter = load_adapter(policy, Path(adapter))
     return AdapterReference(policy, adapter)
 
 
@@ -145,14 +148,9 @@ def _cached(
         origin.policy = policy
     elif isinstance(given, nn.Module):
         origin.given = given
-    about = {
-        "class": type(model).__name__,
-        "name": name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(dtype),
-        "autocast": None if autocast is None else str(autocast),
-    }
-    return CachedReference(cache.of_model(key), origin, is_policy=given is None, tokens=tokens, about=about)
+    return CachedReference(
+        cache.of_model(key), origin, is_policy=given is None, tokens=tokens, autocast=autocast, name=name
+    )
 
 
 @torch.no_grad()

@@ -200,6 +200,30 @@ class AdapterReference(AdapterOffReference):
         return adapters_on(self._policy, self._name)
 
 
+def load_adapter(policy: nn.Module, folder: Path, name: str = "reference") -> str:
+    """Load an adapter from a folder beside the policy's own, not to be trained; its name.
+
+    Raises:
+        InputError: no safetensors adapter in there, or not one for this policy.
+    """
+    check_has_adapters(policy)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(
+            "the folder has no adapter (adapter_model.safetensors)",
+            file=folder,
+            field="reference.adapter",
+            mend="Save the adapter with save_pretrained(); pickled weights (*.bin) are never loaded.",
+        )
+    inner: Any = unwrap(policy)
+    try:
+        inner.load_adapter(str(folder), name, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"the adapter cannot be loaded: {reason}"
+        raise InputError(problem, file=folder, field="reference.adapter") from error
+    return name
+
+
 def check_has_adapters(policy: nn.Module) -> None:
     """Raises InputError where a model is no peft model."""
     if not hasattr(unwrap(policy), "peft_config"):

@@ -143,7 +143,7 @@ def read_shard(path: Path) -> Shard:
     try:
         arrays = safetensors.numpy.load(content)
         shard = Shard(
-            _array(arrays, "keys", np.uint8),
+            _array(arrays, "keys", np.uint8, dimensions=2),
             _array(arrays, "sums", np.float64),
             _array(arrays, "lengths", np.int64) if match[1] == "tokens" else None,
             _array(arrays, "logprobs", np.float32) if match[1] == "tokens" else None,
@@ -155,10 +155,11 @@ def read_shard(path: Path) -> Shard:
     return shard
 
 
-def _array(arrays: dict[str, Any], name: str, dtype: Any) -> Any:
-    if arrays[name].dtype != dtype:
-        raise TypeError(f"{name} is of {arrays[name].dtype}")
-    return arrays[name]
+def _array(arrays: dict[str, Any], name: str, dtype: Any, dimensions: int = 1) -> Any:
+    found = arrays[name]
+    if found.dtype != dtype or found.ndim != dimensions:
+        raise TypeError(f"{name} is of {found.dtype} and shape {found.shape}")
+    return found
 
 
 def _tokens_fit(shard: Shard) -> bool:

@@ -1,0 +1,217 @@
+"""Two processes train as one does: the same steps, losses, weights, metrics, and one cache that both fill.
+
+The file is its own script: `torch.distributed.run --nproc-per-node 2 test_ranks.py FOLDER` runs every case on
+two ranks (gloo, CPU), and the tests compare what that leaves with the same cases in one process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import TREE_FAMILIES, make_model
+from safetensors.torch import load_file, save_file
+from test_trainer import make_dataset, make_trainer
+
+from dpo_kit.models import load_reward_model
+from dpo_kit.reference import ReferenceCache
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
+
+# With these budgets the ranks cut their share of a step into different numbers of micro-batches; with 120,
+# one of them has a single one where the other has two.
+CASES = {
+    "dpo": {},
+    "kto": {"loss": "kto"},
+    "aot": {"loss": "aot", "tokens_per_micro_batch": 120},
+    "beta_dpo": {"loss": "beta_dpo", "reference_mode": "live"},
+    "bco_pair": {"loss": "bco_pair"},
+    "tdpo2": {"loss": "tdpo2"},
+    "bradley_terry": {"loss": "bradley_terry"},
+    "moving": {"reference_mode": "moving", "reference_update_every": 2},
+    # With it DDP settles its buckets in the second step, by collectives of its own.
+    "checkpointed": {"loss": "aot", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
+    "checkpointed_kto": {"loss": "kto", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
+}
+UNEVEN = {"uneven": {"max_steps": -1, "num_train_epochs": 1}}
+SHORT = {"short": {"max_steps": 2}}
+RESUMED = {"saved": {"save_strategy": "steps", "save_steps": 2}}
+# What is counted by rank, or measured.
+NOT_COMPARED = ("num_tokens", "total_flos", "runtime", "per_second")
+
+
+def trainer_of(name, folder):
+    settings = {
+        "batch_size": 8,
+        "max_steps": 3,
+        "tokens_per_micro_batch": 70,
+        "per_device_eval_batch_size": 4,
+        "use_cpu": True,
+        "reference_cache_dir": str(folder / ("cache-short" if name in SHORT else "cache")),
+    } | (CASES | UNEVEN | SHORT | RESUMED)[name]
+    uneven, rewards = name in UNEVEN, settings.get("loss") == "bradley_terry"
+    own = rewards or settings.get("reference_mode") == "moving"
+    model = load_reward_model(TREE_FAMILIES["llama"] | {"model_type": "llama"})[0] if rewards else None
+    return make_trainer(
+        folder / name,
+        model=model,
+        ref_model=None if own else make_model("llama", seed=9),
+        dataset=make_dataset(21) if uneven else make_dataset(24, weight=[1.0, 2.0, 0.5] * 8),
+        eval_dataset=make_dataset(10 if uneven else 16, seed=7),
+        **settings,
+    )
+
+
+def run_case(name, folder):
+    """Train and evaluate; leave weights and what was seen, by rank."""
+    trainer = trainer_of(name, folder)
+    step, sources, micro_batches = trainer.training_step, [], []
+
+    def training_step(model, inputs, *others):
+        sources.append([source for batch in inputs["micro_batches"] for source in batch.sources])
+        micro_batches.append(len(inputs["micro_batches"]))
+        return step(model, inputs, *others)
+
+    trainer.training_step = training_step
+    before = trainer.evaluate() if name in UNEVEN else {}
+    trainer.train()
+    seen = {
+        "before": before,
+        "sources": sources,
+        "micro_batches": micro_batches,
+        "evaluation": trainer.evaluate(),
+        "logs": trainer.state.log_history,
+        "tokens": trainer._counts.tokens,
+        "running": trainer._counts.running,
+        "computed": trainer.filled.computed,
+    }
+    leave(trainer, folder / name, seen)
+
+
+def resume_case(folder):
+    """From the checkpoint of the second step to the third."""
+    trainer = trainer_of("saved", folder)
+    trainer.args.output_dir = str(folder / "resumed")
+    trainer.train(resume_from_checkpoint=str(folder / "saved" / "checkpoints" / "step-2"))
+    leave(trainer, folder / "resumed", {"logs": trainer.state.log_history})
+
+
+def leave(trainer, folder, seen):
+    rank = trainer.args.process_index
+    folder.mkdir(exist_ok=True)
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    save_file(weights, folder / f"weights-{rank}.safetensors")
+    (folder / f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+def left(folder, rank=0):
+    return json.loads((folder / f"seen-{rank}.json").read_text()), load_file(
+        folder / f"weights-{rank}.safetensors"
+    )
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Folder of all cases on two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """Folder of the same cases in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in CASES | UNEVEN | SHORT:
+        run_case(name, folder)
+    return folder
+
+
+def compared(logged):
+    return {name: value for name, value in logged.items() if not any(n in name for n in NOT_COMPARED)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_process(ranks, alone, name):
+    one, expected = left(alone / name)
+    (first, weights), (second, others) = (left(ranks / name, rank) for rank in (0, 1))
+    shares = list(zip(first["sources"], second["sources"], strict=True))
+    assert [sorted(a + b) for a, b in shares] == [sorted(step) for step in one["sources"]]
+    assert first["micro_batches"] != second["micro_batches"]
+
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(weights[n], others[n]) for n in weights)
+    assert second["running"] == first["running"]
+    for mean, mine in zip(first["running"], one["running"], strict=True):
+        assert mean == (mine and pytest.approx(mine, rel=1e-5))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_are_averages_over_all_ranks(ranks, alone, name):
+    one, _ = left(alone / name)
+    (first, _), (second, _) = (left(ranks / name, rank) for rank in (0, 1))
+    # Of each step, of the evaluation, and the summary.
+    assert len(one["logs"]) == 5
+    for mine, theirs in zip(one["logs"], first["logs"], strict=True):
+        assert compared(theirs) == pytest.approx(compared(mine), rel=1e-4, abs=1e-5)
+    assert compared(second["evaluation"]) == compared(first["evaluation"])
+    assert first["logs"][2]["num_tokens"] == first["tokens"] + second["tokens"]
+
+
+def test_ranks_share_the_filling_of_a_cold_cache_and_compute_nothing_with_a_warm_one(ranks, alone):
+    computed = {name: [left(ranks / name, rank)[0]["computed"] for rank in (0, 1)] for name in CASES}
+    once = {name: left(alone / name)[0]["computed"] for name in CASES}
+    # The first finds nothing there, the second asks for replies to other prompts beside what the first left.
+    for cold in ("dpo", "kto"):
+        assert sum(computed[cold]) == once[cold] > 0
+        assert min(computed[cold]) > 0
+    assert all(computed[name] == [0, 0] for name in CASES if name not in ("dpo", "kto"))
+    uneven = [left(ranks / "uneven", rank)[0]["computed"] for rank in (0, 1)]
+    (model,) = ReferenceCache(ranks / "cache").models()
+    assert model.sequences == sum(computed["dpo"] + computed["kto"] + uneven)
+
+
+def test_a_short_run_computes_no_more_than_it_comes_to(ranks, alone):
+    computed = [left(ranks / "short", rank)[0]["computed"] for rank in (0, 1)]
+    assert min(computed) > 0
+    assert sum(computed) == left(alone / "short")[0]["computed"] < left(alone / "dpo")[0]["computed"]
+
+
+def test_a_last_step_that_is_not_full_takes_pairs_of_the_first_again(ranks, alone):
+    """As accelerate fills it up, so that every rank has a batch; in one process it is smaller."""
+    one, (first, second) = left(alone / "uneven")[0], [left(ranks / "uneven", rank)[0] for rank in (0, 1)]
+    steps = [a + b for a, b in zip(first["sources"], second["sources"], strict=True)]
+    assert [len(step) for step in one["sources"]] == [8, 8, 5]
+    assert [len(step) for step in steps] == [8, 8, 8]
+    last, whole = one["sources"][2], set(steps[2])
+    assert whole >= set(last)
+    assert whole - set(last) <= set(one["sources"][0])
+
+
+def test_an_uneven_evaluation_set_counts_every_pair_once(ranks, alone):
+    one, two = left(alone / "uneven")[0]["before"], left(ranks / "uneven")[0]["before"]
+    assert compared(two) == pytest.approx(compared(one), rel=1e-4, abs=1e-5)
+
+
+def test_resume_on_two_ranks_is_bit_equal(ranks):
+    for rank in (0, 1):
+        whole, resumed = (left(ranks / name, rank)[1] for name in ("saved", "resumed"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+if __name__ == "__main__":
+    for case in CASES | UNEVEN | SHORT | RESUMED:
+        run_case(case, Path(sys.argv[1]))
+    resume_case(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
