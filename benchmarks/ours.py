@@ -17,21 +17,23 @@ from dpo_kit.attention import attention_backend
 from dpo_kit.examples import PairTokens
 from dpo_kit.packing import MicroBatch, plan_step
 from dpo_kit.reference import LiveReference
+from dpo_kit.scoring import SequenceLogProbs
 
 
 class TableReference:
     """Log-probs looked up by the pair's place in the data; see `dpo_kit.reference.Reference`."""
 
     is_policy = True
+    needs_keys = False
     model: nn.Module | None = None
 
     def __init__(self, table: dict[str, Tensor]) -> None:
         self._table = table
 
-    def logprobs(self, batch: MicroBatch) -> Tensor:
-        """[S] as the reference scored them, chosen first."""
+    def logprobs(self, batch: MicroBatch) -> SequenceLogProbs:
+        """Of sequences as the reference scored them, chosen first; no `entries`."""
         both = torch.stack([self._table[source] for source in batch.sources])
-        return both.T.reshape(-1).to(batch.lengths.device)
+        return SequenceLogProbs(both.T.reshape(-1).to(batch.lengths.device), torch.empty(0))
 
 
 def precomputed_reference(
@@ -46,7 +48,7 @@ def precomputed_reference(
     for planned in plan_step(pairs, token_budget, backend=attention_backend(device.type)):
         batch = planned.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            found = live.logprobs(batch)
+            found = live.logprobs(batch).sequences
         both = found.view(2, -1).T.cpu()
         table |= dict(zip(batch.sources, both, strict=True))
     for parameter, had in zip(policy.parameters(), grads, strict=True):

@@ -90,11 +90,12 @@ def fill(
             yield from planner.scored(rows.__getitems__(wanted[start : start + _ROWS]))
 
     def settle(model: nn.Module, first: list[Example]) -> None:
-        """It may be another model than the policy, and less fit for trees."""
-        check_length(model, args.max_length, max(len(e.prompt) + max(map(len, e.replies)) for e in first))
+        """A model that is not the policy may be less fit for trees."""
         layout, reason = planner.layout, ""
-        if layout == "tree":
-            layout, reason = choose_layout(model, first, args.backend)
+        if not reference.is_policy:
+            check_length(model, args.max_length, max(len(e.prompt) + max(map(len, e.replies)) for e in first))
+            if layout == "tree":
+                layout, reason = choose_layout(model, first, args.backend)
         if reason:
             warnings.warn(f"the reference: {reason}; padded sequences are used", DpoKitWarning, stacklevel=2)
         layouts.append(layout)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
@@ -60,24 +61,29 @@ def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig, objective: O
     return found.dataset
 
 
-def prepared_policy(model: str | Path | nn.Module, peft_config: Any, *, rewards: bool) -> nn.Module:
+def prepared_policy(
+    model: str | Path | nn.Module, peft_config: Any, *, rewards: bool, seed: int
+) -> nn.Module:
     """The model that is trained: loaded where it is none yet, with its adapter, without dropout.
 
     Args:
         model: a model, or a folder or hub id.
         peft_config: of an adapter, or None.
         rewards: whether it is a reward model.
+        seed: of a new adapter's weights; the global generator is left as it was.
 
     Raises:
         InputError: it has no head that could be trained.
     """
     if not isinstance(model, nn.Module):
-        model = load_reward_model(model)[0] if rewards else load_model(model)
+        model = load_reward_model(model, seed=seed)[0] if rewards else load_model(model)
     policy = own_forward(model)
     if peft_config is not None:
         from peft import get_peft_model
 
-        policy = get_peft_model(policy, peft_config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            policy = get_peft_model(policy, peft_config)
     if disable_dropout(policy):
         warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=3)
     if rewards:

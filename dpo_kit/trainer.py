@@ -86,7 +86,7 @@ class PreferenceTrainer(TrainingLoop):
                 field="ref_model",
                 mend="Leave it out: the reference is then the policy as it was before the first step.",
             )
-        policy = prepared_policy(model, peft_config, rewards=self.objective.needs_rewards)
+        policy = prepared_policy(model, peft_config, rewards=self.objective.needs_rewards, seed=args.seed)
         if isinstance(train_dataset, Dataset) and len(train_dataset) < args.per_device_train_batch_size:
             message = (
                 f"the data has {len(train_dataset)} pairs, fewer than one step takes ({args.batch_size})"
