@@ -37,19 +37,25 @@ def check_finite(sources: Sequence[str], losses: Tensor, when: str) -> None:
     )
 
 
-def check_step_zero(logps: LogProbs, sources: Sequence[str], allowed: float) -> None:
+def check_step_zero(
+    logps: LogProbs, sources: Sequence[str], allowed: float, *, independent: bool = False
+) -> None:
     """Stop where a reference that has the policy's weights does not give the policy's log-probs.
 
     Args:
         logps: of a micro-batch before the first step.
         sources: where each pair comes from, for the message.
         allowed: relative difference of a sequence's log-prob.
+        independent: whether each token was rounded by itself; then that is for one token, and falls with the
+            root of their number.
 
     Raises:
         TrainingError: with both numbers.
     """
     policy, reference = logps.need("policy"), logps.need("reference")
     difference = (policy - reference).abs() / reference.abs().clamp(min=1)
+    if independent:
+        difference = difference * logps.need("lengths").sqrt()
     worst = int(difference.argmax())
     if difference[worst] > allowed:
         place = sources[int(logps.example[worst])] or "a pair"

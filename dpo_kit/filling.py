@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 
 from dpo_kit.config import PreferenceConfig
+from dpo_kit.dealing import PromptGroups
 from dpo_kit.errors import DpoKitWarning
 from dpo_kit.examples import Example
 from dpo_kit.models import check_length
@@ -50,13 +53,17 @@ def rows_ahead(
     Args:
         dataset: that is trained on.
         args: of the run.
-        order: batches of rows as this rank's dataloader will deal them.
+        order: the batch sampler that this rank's dataloader will have.
     """
     if dataset is None or not 0 < args.max_steps * args.train_batch_size < len(dataset):
         return None
-    # A look at the order must not be one more draw from the generator.
+    batches = order()
+    # Another sampler draws from the global generator, and not what it will draw then.
+    sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
+    if not isinstance(sampler, (SeedableRandomSampler, SequentialSampler, PromptGroups)):
+        return None
     with torch.random.fork_rng():
-        own = [row for batch in islice(order(), args.max_steps) for row in batch]
+        own = [row for batch in islice(batches, args.max_steps) for row in batch]
     # All ranks are to know what each is dealt, to share it out.
     found: list[int] = gather_object(own)
     return found

@@ -98,10 +98,12 @@ class TrainingLoop(CheckpointingTrainer):
     ) -> None:
         is_first = split == "train" and self.state.global_step == 0 and not self._stepped
         if is_first and self.reference.is_policy:
-            low_precision = self.args.bf16 or self.args.fp16 or self._low_precision
+            low_precision = self.accelerator.mixed_precision != "no" or self._low_precision
             # Cached values were computed in other micro-batches, and low precision rounds otherwise there.
-            rounding = _ROUNDING[low_precision, self.reference.needs_keys]
-            check_step_zero(logps, sources, allowed=rounding)
+            cached = self.reference.needs_keys
+            check_step_zero(
+                logps, sources, _ROUNDING[low_precision, cached], independent=low_precision and cached
+            )
         if split is not None:
             self._means[split].add(pair_metrics(logps, losses, self.objective.beta), weights)
 

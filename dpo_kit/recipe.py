@@ -9,19 +9,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
+from dpo_kit.yaml_file import apply_override, read_yaml
 
 
 class Section(BaseModel):
@@ -134,7 +133,7 @@ class Recipe(Section):
         """
         content, lines = read_yaml(path)
         for override in overrides:
-            key = _apply(content, override)
+            key = apply_override(content, override)
             lines[key] = None
         return cls.check(content, str(path), lines)
 
@@ -147,6 +146,7 @@ class Recipe(Section):
         try:
             recipe = cls.model_validate(content)
             _check_together(recipe)
+            _check_reference(recipe)
             make_objective(recipe.loss)
             check_training_fields(recipe.train, "train")
             if recipe.sft is not None:
@@ -276,74 +276,30 @@ def _check_together(recipe: Recipe) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the floats that people write (1e-6), and no key twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, int | None]]:
-    """A YAML file's content, and the line of each dotted key.
-
-    Raises:
-        InputError: no such file, no YAML, a key that stands twice, or no mapping at the top.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the recipe cannot be read: {getattr(error, 'strerror', None) or error}", file=path
-        ) from None
-    lines: dict[str, int | None] = {}
-    try:
-        node = yaml.compose(text, _Loader)
-        _collect_lines(node, "", lines, str(path))
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        line = mark.line + 1 if mark else None
-        raise InputError(f"this is not YAML: {problem}", file=path, line=line) from None
-    if not isinstance(content, dict):
-        raise InputError("a recipe is a mapping of sections", file=path, mend="See recipes/ for examples.")
-    return content, lines
-
-
-def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int | None], file: str) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        name, line = f"{prefix}{key.value}", key.start_mark.line + 1
-        if name in lines:
+def _check_reference(recipe: Recipe) -> None:
+    """Refuse what would be read and not used."""
+    given, objective = recipe.reference, make_objective(recipe.loss)
+    defaults = ReferenceSection()
+    of_mode = {"adapter": "adapter", "update_every": "moving", "update_weight": "moving"}
+    for name, mode in of_mode.items():
+        if given.mode != mode and getattr(given, name) != getattr(defaults, name):
             raise InputError(
-                f"the key stands twice, first in line {lines[name]}", file=file, line=line, field=name
+                f"it belongs to mode {mode}, and the mode is {given.mode}",
+                field=f"reference.{name}",
+                mend=f"Set reference.mode to {mode}, or leave it out.",
             )
-        lines[name] = line
-        _collect_lines(value, f"{name}.", lines, file)
-
-
-def _apply(content: dict[str, Any], override: str) -> str:
-    """Set `key.path=value` in nested dictionaries; returns the dotted key."""
-    key, sign, value = override.partition("=")
-    parts = key.split(".")
-    if not sign or not all(parts):
-        raise InputError(f"'{override}' is not key.path=value", mend="For example train.max_steps=10")
-    try:
-        parsed = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"the value is not YAML: {error}", field=key) from None
-    place = content
-    for part in parts[:-1]:
-        if place.get(part) is None:
-            place[part] = {}
-        place = place[part]
-        if not isinstance(place, dict):
-            raise InputError(f"'{part}' is not a section", field=key)
-    place[parts[-1]] = parsed
-    return key
+    if given.path is not None and not objective.needs_reference:
+        raise InputError(
+            "the loss looks at no reference",
+            field="reference.path",
+            mend="Leave it out, or choose another loss.",
+        )
+    if given.mode not in ("auto", "none") and objective.needs_rewards:
+        raise InputError(
+            f"a reward model has no reference, and the mode is {given.mode}",
+            field="reference.mode",
+            mend="Set it to auto.",
+        )
 
 
 def _first_error(error: ValidationError, file: str | None, lines: dict[str, int | None]) -> InputError:

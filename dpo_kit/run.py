@@ -29,6 +29,7 @@ from dpo_kit.reference import CachedReference
 from dpo_kit.run_folder import (
     check_same_run,
     describe_environment,
+    digest_recipe,
     is_finished,
     make_room,
     peak_memory_bytes,
@@ -117,6 +118,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     written = folder / ".model.writing"
     trainer.save_model(str(written))
     replace_folder(written, folder / "model")
+    figures["recipe"] = digest_recipe(resolved)
     write_text(folder / "summary.json", json.dumps(figures, indent=2))
     return RunResult(folder, figures, _report(recipe, folder, say))
 

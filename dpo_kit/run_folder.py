@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -49,6 +50,8 @@ _TRAIN = (
     "lr_scheduler_type",
     "warmup_steps",
     "group_by_prompt",
+    "bf16",
+    "fp16",
 )
 _FIXED = ("model", "reference", "data", "sft", "loss", *(f"train.{name}" for name in _TRAIN))
 _FREE = ("reference.cache_dir", "data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
@@ -86,10 +89,18 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
 
 
 def is_finished(folder: Path, resolved: dict[str, Any]) -> bool:
-    """Whether the folder holds all of a run of this very recipe."""
+    """Whether the folder holds all of a run of this very recipe.
+
+    A resume writes its recipe first: the recipe that counts is the one that the summary is of.
+    """
     if not (folder / "summary.json").exists() or not (folder / "model").exists():
         return False
-    return bool(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) == resolved)
+    return bool(json.loads((folder / "summary.json").read_text()).get("recipe") == digest_recipe(resolved))
+
+
+def digest_recipe(resolved: dict[str, Any]) -> str:
+    """What tells one resolved recipe from another."""
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,9 @@ from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, tok
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
 from dpo_kit.step import Scorer
 
+# What accelerate's names for it mean; an accelerate configuration may set it beside the arguments.
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 # Pairs on which it is measured what a token takes of the memory.
 _CAPACITY_PAIRS = 16
 
@@ -45,7 +48,9 @@ class PreferenceTrainer(TrainingLoop):
 
     Args:
         model: the policy: a causal LM, or a folder or hub id to load one from.
-        ref_model: the reference; default: what `args.reference_mode` says, a frozen copy of the policy.
+        ref_model: the reference; default: what `args.reference_mode` says, the policy before its first step.
+            Where its log-probs are cached (mode auto), all data that will be evaluated should be given as
+            `eval_dataset`: later the policy is another, and can only be had again from its files.
         args: the settings.
         train_dataset: canonical rows (prompt, chosen, rejected), or rows that are tokenised already
             (prompt_ids, chosen_ids, rejected_ids; see `tokenize_pairs`).
@@ -133,7 +138,7 @@ class PreferenceTrainer(TrainingLoop):
             given=own_forward(given) if isinstance(given, nn.Module) else given,
             cacheable="reference_kl" not in objective.extras,
             tokens=objective.needs_reference_tokens,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            autocast=_AUTOCAST.get(self.accelerator.mixed_precision),
             cache_dir=args.reference_cache_dir,
             adapter=args.reference_adapter,
             update_every=args.reference_update_every,

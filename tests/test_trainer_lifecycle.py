@@ -11,6 +11,7 @@ from test_trainer import first_rows, make_dataset, make_trainer, step_gradients
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 from dpo_kit.losses import loss_names, make_objective, register_loss
+from dpo_kit.run_folder import digest_recipe, is_finished
 from dpo_kit.trainer import PreferenceTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
@@ -191,3 +192,36 @@ def test_metrics_are_json(tmp_path):
     make_trainer(tmp_path).train()
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line), dict)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accelerator_config": {"use_seedable_sampler": False}},
+        {"data_seed": 5},
+        {"group_by_prompt": True},
+        {"dataloader_drop_last": True},
+        {"dataloader_num_workers": 1},
+    ],
+)
+def test_the_rows_that_a_short_run_comes_to_are_known_ahead(tmp_path, settings):
+    """All that it is dealt is in the cache before the first step: nothing is computed on the way."""
+    settings |= {"max_steps": 2, "batch_size": 4, "reference_mode": "cached"}
+    trainer = make_trainer(
+        tmp_path, dataset=make_dataset(32), reference_cache_dir=str(tmp_path / "cache"), **settings
+    )
+    trainer.fill_reference()
+    known = len(trainer.reference)
+    trainer.train()
+    assert len(trainer.reference) == known
+    assert known < 64 or "accelerator_config" in settings
+
+
+def test_a_resume_that_was_cut_off_is_not_finished(tmp_path):
+    """It writes its recipe first; summary and model are those of the run before."""
+    short, longer = ({"train": {"max_steps": n}} for n in (6, 60))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "summary.json").write_text(json.dumps({"recipe": digest_recipe(short)}))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(longer))
+    assert not is_finished(tmp_path, longer)
+    assert is_finished(tmp_path, short)

@@ -135,7 +135,8 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def other_figures(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """Rows (key, one cell per run) of whatever else the runs' summaries hold."""
-    other = sorted({key for run in runs for key in (run.summary or {})} - set(FIGURES))
+    # "recipe" is a digest, by which a resumed run is known.
+    other = sorted({key for run in runs for key in (run.summary or {})} - {*FIGURES, "recipe"})
     return [(key, [_cell(run, key) for run in runs]) for key in other]
 
 
