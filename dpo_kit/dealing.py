@@ -154,25 +154,33 @@ def prompt_groups(dataset: datasets.Dataset) -> IntArray:
 
 
 def mismatched_partners(dataset: datasets.Dataset) -> IntArray:
-    """[N] for each row of a tokenised data set, the next one in cyclic order that has another prompt.
+    """[N] for each row of a tokenised data set, one that has another prompt.
 
-    It depends on the order of the data set and on nothing else: neither on batches nor on their size, so
-    that a batch of one has its partner too.
+    Row i takes the i-th (cyclically) of the rows with other prompts than its own. Rows of one prompt that
+    stand together thus take the first, second, ... row behind them, and no two rows of a prompt the same
+    where there are as many others. It depends on the order of the data set and on nothing else: neither on
+    batches nor on their size, so that a batch of one has its partner too.
 
     Raises:
         InputError: all rows have the same prompt.
     """
     groups = prompt_groups(dataset)
-    # Where the prompt changes from a row to the next; all rows up to there have the same partner behind it.
-    lasts = np.flatnonzero(groups != np.roll(groups, -1))
-    if not len(lasts):
+    sizes = np.bincount(groups)
+    if len(sizes) == 1:
         raise InputError(
             f"all {len(groups)} rows have the same prompt, and the loss needs replies to other prompts too",
             field="data.train",
             mend="Add rows with other prompts, or take a loss that needs no estimate of the KL divergence",
         )
-    ahead = lasts[lasts.searchsorted(np.arange(len(groups))) % len(lasts)]
-    return (ahead + 1) % len(groups)
+    count, firsts = len(groups), sizes.cumsum() - sizes
+    wanted = np.arange(count) % (count - sizes[groups])
+    # The m-th of the others stands m + the number of own rows before it from the beginning. Ascending within
+    # each group, and by `count` per group over all of them: how many of the others stand before an own row.
+    by_group = groups.argsort(kind="stable")
+    group = groups[by_group]
+    others_before = by_group - (np.arange(count) - firsts[group])
+    places = (group * count + others_before).searchsorted(groups * count + wanted, side="right")
+    return wanted + places - firsts[groups]
 
 
 def deal(groups: IntArray, batch_size: int, seed: int, epoch: int) -> IntArray:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from dpo_kit.models import unwrap
 
 # Part of every key: raise it when the same model gives other log-probs than before, or shards another form.
 FORMAT_VERSION = 1
+# Part of what files are known by: raise it when other files, or other bytes of them, count.
+_FILES_VERSION = 2
 
 # hashlib lets other threads run while it hashes a block; 4 MiB take it some milliseconds.
 _BLOCK_BYTES = 1 << 22
@@ -54,11 +57,16 @@ def digest_weights(model: nn.Module) -> str:
 def model_key(
     model: nn.Module, *, autocast: torch.dtype | None = None, adapters: Sequence[str] | None = None
 ) -> str:
-    """32 hexadecimal digits that change with all that the model's log-probs depend on, and with nothing else.
+    """32 hexadecimal digits that change with what the model's log-probs depend on, and with nothing else.
 
     That is: names, dtypes, shapes and values of parameters and of buffers (those that are not saved too), the
-    class, and the configuration's fields, without those that have no effect. How a forward pass is laid out,
-    by which kernels and with which other sequences changes a log-prob by rounding only, and is no part of it.
+    class's name, the configuration's fields, without those that have no effect, and the minor version of
+    transformers, whose code a release may change. How a forward pass is laid out, by which kernels and with
+    which other sequences changes a log-prob by rounding only, and is no part of it.
+
+    It cannot see what is in none of these: an attribute of a module that was set by hand (`attention.scaling
+    *= 0.5`, another `act_fn`), a hook, or the code of a class that was edited under the same name. After such
+    a change use another cache folder, or a live reference.
 
     Args:
         model: a causal LM, possibly wrapped (DDP, compile, peft).
@@ -74,6 +82,7 @@ def model_key(
         tensors |= inner.prompt_encoder.state_dict(prefix="prompt_encoder ")
     facts = {
         "version": FORMAT_VERSION,
+        "transformers": transformers.__version__.split(".")[:2],
         "class": type(base).__qualname__,
         "config": _with_effect(base.config.to_dict()),
         "autocast": None if autocast is None else str(autocast),
@@ -90,7 +99,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     inner: Any = unwrap(model)
     if not hasattr(inner, "peft_config") or inner._adapters_disabled:
         return []
-    return list(getattr(inner.base_model, "active_adapters", [inner.active_adapter]))
+    return list(inner.active_adapters)
 
 
 def files_key(folder: Path, *also: str) -> str | None:
@@ -101,18 +110,66 @@ def files_key(folder: Path, *also: str) -> str | None:
         also: what else the model that is loaded from there depends on.
 
     Returns:
-        None where the files alone do not say which model it is: an adapter on a model elsewhere.
+        None where the files alone do not say which model it is: weights that are not there, or not yet, and
+        an adapter on a model elsewhere.
     """
+    if not _has_weights(folder):
+        return None
     patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     base: str | None = ""
     if (adapter := folder / "adapter_config.json").is_file():
-        named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = _read_fields(adapter).get("base_model_name_or_path")
         base = files_key(Path(named)) if named and Path(named).is_dir() else None
     if base is None:
         return None
     digests = [(path.name, _digest_file(path)) for path in files]
-    return hashlib.sha256(repr((FORMAT_VERSION, digests, base, also)).encode()).hexdigest()[:32]
+    versions = (FORMAT_VERSION, _FILES_VERSION)
+    return hashlib.sha256(repr((versions, digests, base, also)).encode()).hexdigest()[:32]
+
+
+def adapter_tensors(model: nn.Module, adapters: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of some of a peft model's adapters, by their names in the wrapped base model."""
+    base: Any = unwrap(model).get_base_model()  # type: ignore[operator]
+    layers, wanted = _adapted_layers(base), set(adapters)
+    return {
+        name: value
+        for name, value in _all_tensors(base).items()
+        if wanted.intersection(_within_adapter(name.split("."), layers))
+    }
+
+
+def trained_base_parameters(model: nn.Module) -> list[str]:
+    """Names of the base model's own parameters that a peft model trains: biases, norms, unfrozen layers.
+
+    A weight that is shared is named wherever it is.
+    """
+    base: Any = unwrap(model).get_base_model()  # type: ignore[operator]
+    layers = _adapted_layers(base)
+    trained = (n for n, p in base.named_parameters(remove_duplicate=False) if p.requires_grad)
+    return [name for name in trained if not _within_adapter(name.split("."), layers)]
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are weights, and all that an index names."""
+    if next(folder.glob("*.safetensors"), None) is None:
+        return False
+    shards: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        named = _read_fields(index).get("weight_map")
+        if not isinstance(named, dict):
+            return False
+        shards |= set(map(str, named.values()))
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """Empty where the file holds no object; whoever loads the model says so better."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _with_effect(fields: Any) -> Any:
@@ -133,20 +190,29 @@ def _as_text(value: Any) -> Any:
 
 def _named_tensors(base: nn.Module, on: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by their names in the bare model; of peft's own only what is switched on."""
-    found = dict(base.state_dict())
-    found |= {name: value for name, value in base.named_buffers() if name not in found}
     layers = _adapted_layers(base)
-    for name, value in found.items():
+    for name, value in _all_tensors(base).items():
         parts = name.split(".")
-        # Longest first: a wrapped layer may lie in a wrapped layer.
-        owner = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in layers), None)
-        if owner is not None and parts[owner] not in _WRAPPERS:
-            switched_on = [adapter for adapter in on if adapter in parts[owner:]]
+        if inner := _within_adapter(parts, layers):
+            switched_on = [adapter for adapter in on if adapter in inner]
             if not switched_on:
                 continue
             # What an adapter is called changes nothing.
             parts = [f"adapter {on.index(p)}" if p == switched_on[0] else p for p in parts]
         yield ".".join(part for part in parts if part not in _WRAPPERS), value
+
+
+def _all_tensors(base: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that are not saved too, by name."""
+    found = dict(base.state_dict())
+    return found | {name: value for name, value in base.named_buffers() if name not in found}
+
+
+def _within_adapter(parts: list[str], layers: set[str]) -> list[str]:
+    """The rest of a tensor's name, past the layer it is wrapped around; empty where it is the base's own."""
+    # Longest first: a wrapped layer may lie in a wrapped layer.
+    owner = next((n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in layers), None)
+    return [] if owner is None or parts[owner] in _WRAPPERS else parts[owner:]
 
 
 def _adapted_layers(base: nn.Module) -> set[str]:

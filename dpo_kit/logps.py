@@ -14,6 +14,7 @@ from dpo_kit.errors import InputError
 from dpo_kit.evaluation import score_pairs
 from dpo_kit.models import check_length, load_model
 from dpo_kit.pairs import load_with_report
+from dpo_kit.pairs.kinds import PAIRS, kind_of_columns
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
 
@@ -60,6 +61,14 @@ def write_logps(
         raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
     rows, report = load_with_report(sources, format=format, invalid=invalid)  # type: ignore[arg-type]
     say(report.summary())
+    kind = kind_of_columns(rows.column_names)
+    if kind != PAIRS:
+        got = "of no known kind" if kind is None else kind.rows
+        raise InputError(
+            f"log-probs are computed of pairs, and these are {got}",
+            field="SOURCES",
+            mend="Give rows with prompt, chosen and rejected.",
+        )
     policy = load_model(model, getattr(torch, dtype))
     if torch.cuda.is_available():
         policy.cuda()  # type: ignore[call-arg]

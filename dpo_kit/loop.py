@@ -105,7 +105,8 @@ class TrainingLoop(CheckpointingTrainer):
                 logps, sources, _ROUNDING[low_precision, cached], independent=low_precision and cached
             )
         if split is not None:
-            self._means[split].add(pair_metrics(logps, losses, self.objective.beta), weights)
+            found = pair_metrics(logps, losses, self.objective.beta, per_token=self.objective.per_token)
+            self._means[split].add(found, weights)
 
     @property
     def _policy(self) -> nn.Module:

@@ -19,6 +19,9 @@ from torch import Tensor
 from dpo_kit.losses import LogProbs
 from dpo_kit.thresholds import DISPLACED_PER_TOKEN, SATURATED
 
+# What rounding in fp32 makes of equal log-probs, that of policy and reference: this part of their size.
+_ROUNDING = 1e-6
+
 # What the metrics of token extras are called.
 _TOKEN_METRICS = {"entropy": "entropy", "top1": "top1", "reference_kl": "kl/reference"}
 
@@ -36,7 +39,9 @@ class Counted(NamedTuple):
 
 
 @torch.no_grad()
-def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tensor | Counted]:
+def pair_metrics(
+    logps: LogProbs, losses: Tensor, beta: float, *, per_token: bool = False
+) -> dict[str, Tensor | Counted]:
     """Metrics of each example. The names depend on the shape and on which fields are there, on nothing else.
 
     "chosen" is the better reply of a pair, the desirable replies of unpaired data, and the replies with the
@@ -58,12 +63,16 @@ def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tens
             positive, but r of a whole reply overflows.
 
     With rewards, that is of a reward model, with a reference (beta times the log-ratio: arXiv 2305.18290,
-    equation 5 without the partition function), or of pairs and lists without (beta times log pi):
+    equation 5 without the partition function), or of pairs and lists without (beta times log pi). Of a loss
+    that compares replies per token (SimPO, IPO, ...; `LossSpec.per_token`) the log-ratio or log pi is, as in
+    the loss, the mean over the reply's tokens and not the sum, in all that follows:
         rewards/chosen, rewards/rejected
         rewards/margins: chosen minus rejected; not of unpaired data.
         rewards/accuracies: of pairs whether the margin is positive; of unpaired data whether the reward's
             sign is the label's; of a list the share of its pairs with different scores that are ranked
-            right. A tie counts one half: a coin would be right as often.
+            right. A tie counts one half: a coin would be right as often. With a reference, log-ratios that
+            differ by no more than 1e-6 of the log-probs' size (of both replies together) are a tie, for so
+            much may rounding make of policy and reference being the same, as they are before training.
         rewards/top1: of a list, whether the reply with the highest reward is one of the best.
         rewards/mean: of a reward model, over an example's replies; what centring keeps near 0.
 
@@ -73,7 +82,8 @@ def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tens
             loss it is not the weight in that loss's own gradient.
         saturated: the share of pairs whose gradient weight is below SATURATED.
     Of pairs with a reference:
-        displaced: the share of pairs whose chosen reply became less likely while their margin is positive.
+        displaced: the share of pairs whose chosen reply became less likely while their margin is positive,
+            both by more than rounding.
     Of pairs with rewards and lengths:
         rewards/margins_chosen_longer, rewards/accuracies_chosen_longer: of pairs whose chosen reply has more
             tokens than the rejected one; and ..._chosen_shorter: fewer. Equal lengths are in neither.
@@ -87,6 +97,7 @@ def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tens
         logps: of P examples.
         losses: [P] loss of each.
         beta: factor of the implicit reward.
+        per_token: whether the implicit reward is per token of a reply; this needs `lengths`.
 
     Returns:
         name -> [P] fp32 values, or these with how often each counts; what `WeightedMeans.add` takes.
@@ -104,7 +115,7 @@ def pair_metrics(logps: LogProbs, losses: Tensor, beta: float) -> dict[str, Tens
             found["kl/implicit"] = _mean_of(logps, -ratios, everything)
             if logps.lengths is not None:
                 found["logratios/chosen_per_token"] = _per_token(logps, ratios, chosen)
-    found |= _reward_metrics(logps, beta, chosen, rejected)
+    found |= _reward_metrics(logps, beta, per_token, chosen, rejected)
     for extra, name in _TOKEN_METRICS.items():
         if extra in logps.token_extras:
             sums = logps.sum_per_reply(logps.token_extras[extra])
@@ -153,67 +164,75 @@ def _per_token(logps: LogProbs, sums: Tensor, which: Tensor) -> Counted:
 
 
 def _reward_metrics(
-    logps: LogProbs, beta: float, chosen: Tensor, rejected: Tensor
+    logps: LogProbs, beta: float, per_token: bool, chosen: Tensor, rejected: Tensor
 ) -> dict[str, Tensor | Counted]:
-    if logps.rewards is not None:
-        factor, values = 1.0, logps.rewards
-    elif logps.reference is not None:
-        factor, values = beta, logps.logratios
-    elif logps.shape != "unpaired":
-        factor, values = beta, logps.need("policy")
-    else:
+    if logps.rewards is None and logps.reference is None and logps.shape == "unpaired":
         return {}
+    values, noise = _rewards(logps, beta, per_token)
     everything = torch.ones_like(chosen)
     better, worse = (_mean_of(logps, values, side) for side in (chosen, rejected))
-    found: dict[str, Tensor | Counted] = {
-        "rewards/chosen": Counted(factor * better.values, better.counts),
-        "rewards/rejected": Counted(factor * worse.values, worse.counts),
-    }
+    found: dict[str, Tensor | Counted] = {"rewards/chosen": better, "rewards/rejected": worse}
     if logps.rewards is not None:
         found["rewards/mean"] = _mean_of(logps, values, everything)
     if logps.shape == "unpaired":
-        signs = _won(torch.where(chosen, values, -values))
+        signs = _won(torch.where(chosen, values, -values), noise)
         found["rewards/accuracies"] = _mean_of(logps, signs, everything)
         return found
-    margins = factor * (better.values - worse.values)
+    margins = better.values - worse.values
     if logps.shape == "pairs":
-        return found | _margin_metrics(logps, margins)
+        return found | _margin_metrics(logps, margins, noise)
     found["rewards/margins"] = Counted(margins, better.counts)
-    found["rewards/accuracies"] = _ranked_right(logps, values)
+    found["rewards/accuracies"] = _ranked_right(logps, values, noise)
+    highest = values + noise >= _extreme(logps, values - noise, "amax")
     found["rewards/top1"] = Counted(
-        _mean_of(logps, chosen.to(values.dtype), values == _extreme(logps, values, "amax")).values,
+        _mean_of(logps, chosen.to(values.dtype), highest).values,
         better.counts,
     )
     return found
 
 
-def _margin_metrics(logps: LogProbs, margins: Tensor) -> dict[str, Tensor | Counted]:
-    """Of the [P] reward margins of pairs."""
-    found: dict[str, Tensor | Counted] = {"rewards/margins": margins, "rewards/accuracies": _won(margins)}
+def _rewards(logps: LogProbs, beta: float, per_token: bool) -> tuple[Tensor, Tensor]:
+    """[S] reward of each reply, and how far rounding may move it from that of an equal one."""
+    if logps.rewards is not None:
+        return logps.rewards, torch.zeros_like(logps.rewards)
+    policy = logps.need("policy")
+    factor = beta / logps.need("lengths").to(policy.dtype) if per_token else beta
+    if logps.reference is None:
+        return factor * policy, torch.zeros_like(policy)
+    return factor * logps.logratios, factor * _ROUNDING * policy.abs()
+
+
+def _margin_metrics(logps: LogProbs, margins: Tensor, noise: Tensor) -> dict[str, Tensor | Counted]:
+    """Of the [P] reward margins of pairs, and [S] the rounding of their rewards."""
+    noise_chosen, noise_rejected = logps.halves(noise)
+    won = _won(margins, noise_chosen + noise_rejected)
+    found: dict[str, Tensor | Counted] = {"rewards/margins": margins, "rewards/accuracies": won}
     if logps.lengths is not None:
         longer = logps.chosen_lengths > logps.rejected_lengths
         shorter = logps.chosen_lengths < logps.rejected_lengths
         for stratum, counts in (("chosen_longer", longer.long()), ("chosen_shorter", shorter.long())):
             found[f"rewards/margins_{stratum}"] = Counted(margins, counts)
-            found[f"rewards/accuracies_{stratum}"] = Counted(_won(margins), counts)
+            found[f"rewards/accuracies_{stratum}"] = Counted(won, counts)
     if logps.reference is not None or logps.rewards is not None:
         weight = torch.sigmoid(-margins)
         found |= {"gradient_weight": weight, "saturated": weight < SATURATED}
     if logps.reference is not None:
-        found["displaced"] = (logps.chosen_logratios < 0) & (margins > 0)
+        fallen = logps.chosen_logratios < -_ROUNDING * logps.chosen.abs()
+        found["displaced"] = fallen & (won == 1)
     return found
 
 
-def _won(differences: Tensor) -> Tensor:
-    """1 where positive, 1/2 at 0, else 0."""
-    return torch.heaviside(differences, differences.new_full((), 0.5))
+def _won(differences: Tensor, noise: Tensor) -> Tensor:
+    """1 where above the rounding, 1/2 within it, 0 below."""
+    return torch.where(differences.abs() <= noise, 0.5, (differences > 0).to(differences.dtype))
 
 
-def _ranked_right(logps: LogProbs, values: Tensor) -> Counted:
+def _ranked_right(logps: LogProbs, values: Tensor, noise: Tensor) -> Counted:
     """Of each list, the share of its pairs of replies with different scores that the values rank alike."""
     scores, example = logps.need("scores"), logps.example
     ordered = (example[:, None] == example) & (scores[:, None] > scores)
-    right = torch.where(ordered, _won(values[:, None] - values), 0).sum(1)
+    won = _won(values[:, None] - values, noise[:, None] + noise)
+    right = torch.where(ordered, won, 0).sum(1)
     pairs = _sum_per_example(logps, ordered.sum(1))
     return Counted(_sum_per_example(logps, right) / pairs.clamp(min=1), (pairs > 0).long())
 

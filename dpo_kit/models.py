@@ -92,7 +92,7 @@ def value_head(model: nn.Module) -> nn.Module:
     """The layer of a reward model that turns [..., H] hidden states into [..., 1] rewards.
 
     Raises:
-        InputError: the model has none, or one with several labels.
+        InputError: the model has none, or one with several labels or with an adapter on it.
     """
     inner: Any = unwrap(model)
     labels = getattr(getattr(inner, "config", None), "num_labels", None)
@@ -100,6 +100,12 @@ def value_head(model: nn.Module) -> nn.Module:
         problem = "no value head that reads the last token"
     elif labels != 1:
         problem = f"a value head with {labels} labels"
+    elif hasattr(getattr(inner, _VALUE_HEAD), "base_layer"):
+        raise InputError(
+            "an adapter on the value head is not supported",
+            field="model.lora",
+            mend=f"Leave {_VALUE_HEAD} out of target_modules; with task_type SEQ_CLS it is trained whole.",
+        )
     else:
         return getattr(inner, _VALUE_HEAD)
     raise InputError(
@@ -126,23 +132,35 @@ def no_padding_token(model: nn.Module) -> Iterator[None]:
             config.pad_token_id = token
 
 
-def padding_advice(model: nn.Module, last_tokens: Collection[int]) -> str:
-    """What to tell the user of a reward model whose padding token is one that replies end with; mostly "".
+def set_padding_token(model: nn.Module, token: int) -> None:
+    """Have a model's configurations, which are saved with it, name this token as the one for padding."""
+    for config in _configs(model):
+        if hasattr(config, "pad_token_id"):
+            config.pad_token_id = token
 
-    dpo_kit reads the value at a reply's last token. Whoever loads the model into transformers gets that of
-    the last token that is no padding, and so of another one.
+
+def padding_advice(model: nn.Module, last_tokens: Collection[int]) -> str:
+    """What to tell the user of a reward model whose padding token is none, or one that replies end with.
+
+    Empty where it is right. dpo_kit reads the value at a reply's last token; whoever loads the model into
+    transformers gets that of the last token that is no padding.
 
     Args:
         model: a reward model.
         last_tokens: of some of the run's replies.
     """
     token = unwrap(model).config.get_text_config().pad_token_id  # type: ignore[union-attr, operator]
-    if token not in last_tokens:
+    if token is not None and token not in last_tokens:
         return ""
+    problem = (
+        "the model has no pad_token_id: transformers would refuse to score several replies at once"
+        if token is None
+        else f"replies end with token {token}, which is the model's pad_token_id: transformers would read "
+        "their reward one token before the end"
+    )
     return (
-        f"replies end with token {token}, which is the model's pad_token_id: transformers would read their "
-        "reward one token before the end. Set pad_token_id, in the config and in the tokenizer, to a token "
-        "that no reply ends with, such as the one that begins a text"
+        f"{problem}. Set pad_token_id, in the config and in the tokenizer, to a token that no reply ends "
+        "with, such as the one that begins a text"
     )
 
 
@@ -160,6 +178,13 @@ def load_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
         except Exception as error:
             raise InputError(f"not a configuration of transformers: {error}", field="model.config") from error
     _check_folder(source)
+    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
+        raise InputError(
+            "the folder holds an adapter, not a model",
+            file=source,
+            field="model.path",
+            mend="Merge the adapter into its model with peft's merge_and_unload(), and save that.",
+        )
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -205,13 +230,17 @@ def load_reward_model(
         InputError: as `load_model`; or the family has no such class; or the head has several labels.
     """
     config = load_config(source)
-    config.num_labels = 1
+    labels, config.num_labels = config.num_labels, 1
     if isinstance(source, dict):
         model = _random(AutoModelForSequenceClassification, "reward model", config, dtype, seed)
         value_head(model)
         return model, f"the reward model is new: random weights of seed {seed}"
     model, missing, misshapen = _saved(AutoModelForSequenceClassification, source, config, dtype, seed)
     of_head = {f"{_VALUE_HEAD}.{name}" for name, _ in value_head(model).named_parameters()}
+    if of_head & misshapen:
+        problem = f"the value head has num_labels {labels}, and that of a reward model 1"
+        mend = "Give a model that was trained with num_labels=1, or a causal language model."
+        raise InputError(problem, file=source, field="model.path", mend=mend)
     is_new = of_head <= missing
     _refuse_lacking((missing - of_head if is_new else missing) | misshapen, source)
     return model, f"{source} has no value head: a new one is trained, random of seed {seed}" if is_new else ""

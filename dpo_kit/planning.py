@@ -26,12 +26,14 @@ class Planner:
         objective: says which replies are scored.
         layout: of the micro-batches.
         with_keys: whether they carry what a cached reference knows their sequences by.
+        longest: tokens of the longest sequence of the data that the models were checked for; None: no limit.
     """
 
     args: PreferenceConfig
     objective: Objective
     layout: Layout = "padded"
     with_keys: bool = False
+    longest: int | None = None
 
     def rows_of(self, dataset: Any) -> TokenRows:
         """What a dataloader reads: no Python object per token, and partners where they are needed."""
@@ -49,9 +51,16 @@ class Planner:
         return example_of(row, with_rejected=self.objective.needs_rejected)
 
     def mismatched(self, row: Row) -> Example:
-        """The row's prompt with the replies of another row, to another prompt."""
-        replies = list(row["partner"])
-        return ScoredReplies(np.asarray(row["prompt_ids"]), replies, [0.0] * len(replies))
+        """The row's prompt with the replies of another row, to another prompt.
+
+        Replies lose their end where they would reach beyond `longest`; a token always stays, with which the
+        sequence is no longer than the row's own.
+        """
+        prompt, replies = np.asarray(row["prompt_ids"]), list(row["partner"])
+        if self.longest is not None:
+            room = max(self.longest - len(prompt), 1)
+            replies = [reply[:room] for reply in replies]
+        return ScoredReplies(prompt, replies, [0.0] * len(replies))
 
     def scored(self, rows: Sequence[Row]) -> list[list[Example]]:
         """All examples that the reference is asked for, like with like."""

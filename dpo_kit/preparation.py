@@ -15,7 +15,7 @@ from torch import nn
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.examples import Example, shape_of
+from dpo_kit.examples import Example, example_of, shape_of
 from dpo_kit.losses import Objective
 from dpo_kit.models import (
     check_length,
@@ -23,6 +23,8 @@ from dpo_kit.models import (
     load_model,
     load_reward_model,
     output_head,
+    padding_advice,
+    set_padding_token,
     value_head,
 )
 from dpo_kit.packing import Layout
@@ -31,6 +33,11 @@ from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 
 # Rows of the training data among which the start-up check looks for its probe.
 _PROBE_ROWS = 256
+# By whether a reward model is trained.
+_LORA_MEND = {
+    True: "Set task_type to SEQ_CLS, or modules_to_save to [score] without a task_type.",
+    False: "Set task_type to CAUSAL_LM.",
+}
 
 
 def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig, objective: Objective) -> Any:
@@ -47,6 +54,7 @@ def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig, objective: O
         got = "an empty one" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise InputError(f"expected a datasets.Dataset with pairs, got {got}", field="train_dataset")
     objective.check_shape(shape_of(dataset.column_names))
+    objective.check_data(dataset)
     if "prompt_ids" in dataset.column_names:
         return dataset
     if tokenizer is None:
@@ -73,7 +81,7 @@ def prepared_policy(
         seed: of a new adapter's weights; the global generator is left as it was.
 
     Raises:
-        InputError: it has no head that could be trained.
+        InputError: it has no head that could be trained, or an adapter that leaves the value head as it is.
     """
     if not isinstance(model, nn.Module):
         model = load_reward_model(model, seed=seed)[0] if rewards else load_model(model)
@@ -83,14 +91,44 @@ def prepared_policy(
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            policy = get_peft_model(policy, peft_config)
+            try:
+                policy = get_peft_model(policy, peft_config)
+            except AttributeError as error:
+                # What a task_type looks for in a model of another kind.
+                raise InputError(str(error), field="model.lora", mend=_LORA_MEND[rewards]) from error
     if disable_dropout(policy):
         warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=3)
-    if rewards:
-        value_head(policy)
-    else:
+    if not rewards:
         output_head(policy)
+    # peft trains and saves, beside its adapters, only what it holds as modules_to_save.
+    elif not hasattr(value_head(policy), "modules_to_save") and hasattr(policy, "peft_config"):
+        problem = "with this adapter the value head is not trained, nor saved"
+        raise InputError(problem, field="model.lora", mend=_LORA_MEND[rewards])
     return policy
+
+
+def settle_padding(model: nn.Module, tokenizer: Any, dataset: Any) -> None:
+    """Have a reward model name its tokenizer's padding token, and warn where that will not do.
+
+    Args:
+        model: a reward model.
+        tokenizer: or None; it then counts what the model says already.
+        dataset: tokenised; its first rows are what is looked at. None: nothing is.
+    """
+    token = getattr(tokenizer, "pad_token_id", None)
+    config: Any = model.config
+    if token not in (None, config.get_text_config().pad_token_id):
+        # transformers' Trainer does so as well, when it trains.
+        set_padding_token(model, token)
+        if hasattr(model, "peft_config"):
+            loading = f"from_pretrained(folder, num_labels=1, pad_token_id={token})"
+            message = f"an adapter is saved without its model's configuration: load it by {loading}"
+            warnings.warn(message, DpoKitWarning, stacklevel=3)
+    if not isinstance(dataset, Dataset):
+        return
+    rows = map(example_of, dataset.select(range(min(len(dataset), _PROBE_ROWS))))
+    if advice := padding_advice(model, {int(reply[-1]) for row in rows for reply in row.replies}):
+        warnings.warn(advice, DpoKitWarning, stacklevel=3)
 
 
 def own_forward(model: nn.Module) -> nn.Module:

@@ -219,7 +219,8 @@ def _make_trainer(
         from peft import LoraConfig
 
         try:
-            lora = LoraConfig(**({"task_type": "CAUSAL_LM"} | recipe.model.lora))
+            task = "SEQ_CLS" if make_objective(recipe.loss).needs_rewards else "CAUSAL_LM"
+            lora = LoraConfig(**({"task_type": task} | recipe.model.lora))
         except (TypeError, ValueError) as error:
             raise InputError(str(error), field="model.lora") from error
     train, held_out = data["train"], data["eval"]

@@ -5,7 +5,7 @@ The trainer, the reference, `dpo-kit logps` and the evaluation all score through
 The head is entered through the model's own forward: for one call the head's layer returns the
 log-probs of the asked tokens in place of all logits. So the hooks of DDP, FSDP, PEFT, gradient
 checkpointing and compilers fire as ever, and no N x V matrix of logits is made. Of a reward model the
-value head's own output is read where sequences end.
+value head is computed where sequences end, in fp32 whatever the model's precision.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,9 +90,9 @@ def sequence_logprobs(
     def score(hidden: Tensor) -> Tensor:
         policy = _inputs(head, hidden, batch)
         results.update(_score(policy, batch.prediction_targets, impl, extras, reference))
-        return results["logps"]
+        return results["logps"].view(1, -1, 1)
 
-    with _sparse_embedding_gradient(model, head), _head_returns(head, score):
+    with _sparse_embedding_gradient(model, head), _forward_is(head.module, score):
         output = _forward(model, batch)
     # What the family does to logits was done inside the head, so the log-probs are taken from before
     # it; the output joins the graph with factor zero for the wrappers whose hooks hang on it.
@@ -145,9 +146,9 @@ def head_inputs(model: nn.Module, batch: MicroBatch) -> HeadInputs:
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(_inputs(head, hidden, batch))
-        return hidden.new_zeros(1)
+        return hidden.new_zeros(1, 1, 1)
 
-    with _head_returns(head, keep):
+    with _forward_is(head.module, keep):
         _forward(model, batch)
     return found[0]
 
@@ -156,22 +157,34 @@ def sequence_rewards(model: nn.Module, batch: MicroBatch) -> Tensor:
     """What a reward model says of each sequence of a micro-batch, at the sequence's last token.
 
     Args:
-        model: a reward model (`dpo_kit.models.load_reward_model`), possibly wrapped, as for
-            `sequence_logprobs`.
+        model: a reward model (`models.load_reward_model`), possibly wrapped, as for `sequence_logprobs`.
         batch: on the model's device.
 
     Returns:
-        [S] rewards, fp32 or fp64, with gradients where grad mode is on.
+        [S] rewards, with gradients where grad mode is on; fp32 or fp64, and the value head is computed so,
+        outside of autocast: of two rewards of 8 bits the difference would have few.
 
     Raises:
         InputError: the model has no value head, or one with several labels.
     """
-    with _value_head_calls(model) as calls, no_padding_token(model):
+    rewards: list[Tensor] = []
+
+    def score(linear: nn.Linear, hidden: Tensor) -> Tensor:
+        rows = hidden.flatten(0, -2).index_select(0, batch.last_rows)
+        parts = [p if p is None else _full_precision(p) for p in (rows, linear.weight, linear.bias)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards.append(nn.functional.linear(*parts).squeeze(-1))
+        everywhere = rewards[0].new_zeros(hidden.shape[:-1].numel())
+        return everywhere.index_copy(0, batch.last_rows, rewards[0]).view(*hidden.shape[:-1], 1)
+
+    with no_padding_token(model), contextlib.ExitStack() as stack:
+        # A head that peft trains holds the layer before and the one that is trained; one of them runs.
+        for part in value_head(model).modules():
+            if isinstance(part, nn.Linear) and part.out_features == 1:
+                stack.enter_context(_forward_is(part, partial(score, part)))
         output = _forward(model, batch)
-    _, values = calls[0]
-    rewards = values.flatten(0, -1).index_select(0, batch.last_rows)
     # The model's own choice of rows is another; it joins for the wrappers whose hooks hang on it.
-    return _full_precision(rewards) + 0.0 * output.logits.sum()
+    return rewards[0] + 0.0 * output.logits.sum()
 
 
 def what_is_trained(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -182,16 +195,12 @@ def what_is_trained(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 @contextlib.contextmanager
-def _value_head_calls(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Within: each call of the value head puts its hidden states and its values into the list."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], values: Tensor) -> None:
-        calls.append((inputs[0], values))
-
-    handle = value_head(model).register_forward_hook(keep)
+def _value_head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within: each call of the value head puts its hidden states into the list."""
+    found: list[Tensor] = []
+    handle = value_head(model).register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     try:
-        yield calls
+        yield found
     finally:
         handle.remove()
 
@@ -214,11 +223,10 @@ def _inputs(head: Head, hidden: Tensor, batch: MicroBatch) -> HeadInputs:
 
 
 @contextlib.contextmanager
-def _head_returns(head: Head, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within: the head gives `function(hidden)`, [N], as [1, N, 1] logits."""
-    module: Any = head.module
+def _forward_is(module: Any, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within: a layer computes something else, between the hooks that it has."""
     own_forward = vars(module).get("forward")
-    module.forward = lambda hidden: function(hidden).view(1, -1, 1)
+    module.forward = function
     try:
         yield
     finally:
@@ -272,12 +280,10 @@ def full_rewards(model: nn.Module, pairs: Sequence[Example]) -> Tensor:
     would read the token before it. The truth for `sequence_rewards`.
     """
     device = next(model.parameters()).device
-    rewards = []
-    for sequence in sequences_of(pairs)[0]:
-        with no_padding_token(model):
-            output = model(input_ids=torch.from_numpy(sequence).to(device)[None], use_cache=False)
-        rewards.append(_full_precision(output.logits[0, 0]))
-    return torch.stack(rewards)
+    inputs = (torch.from_numpy(sequence).to(device)[None] for sequence in sequences_of(pairs)[0])
+    with no_padding_token(model):
+        rewards = [model(input_ids=ids, use_cache=False).logits[0, 0] for ids in inputs]
+    return _full_precision(torch.stack(rewards))
 
 
 def choose_layout(
@@ -380,12 +386,12 @@ def _compare_logprobs(model: nn.Module, pairs: list[Example], batch: MicroBatch)
 
 def _compare_rewards(model: nn.Module, pairs: list[Example], batch: MicroBatch) -> tuple[str, float]:
     """Hidden states too, against their size: a new value head may say nearly the same of everything."""
-    with _value_head_calls(model) as alone:
+    with _value_head_inputs(model) as alone:
         expected = full_rewards(model, pairs)
-    with _value_head_calls(model) as packed:
+    with _value_head_inputs(model) as packed:
         found = sequence_rewards(model, batch)
-    hidden = torch.cat([states[0, -1:] for states, _ in alone]).float()
-    rows = packed[0][0].flatten(0, -2).index_select(0, batch.last_rows).float()
+    hidden = torch.cat([states[0, -1:] for states in alone]).float()
+    rows = packed[0].flatten(0, -2).index_select(0, batch.last_rows).float()
     worst = max(
         float((found - expected).abs().max() / expected.abs().max().clamp(min=1)),
         float((rows - hidden).abs().max() / hidden.abs().max()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -30,11 +31,11 @@ from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns
 from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
 
-# Part of the cache's key: raise it when the ids of the same rows change.
-FORMAT_VERSION = 1
+# Part of the cache's key: raise it when the ids of the same rows change, or what becomes of them.
+FORMAT_VERSION = 2
 
 OVERLONG = ("drop", "cut_prompt_left", "cut_completion_right")
-DROPPED = ("overlong", "prompt_too_long", "empty_prompt", "identical_after_tokenisation")
+DROPPED = ("overlong", "prompt_too_long", "empty_prompt", "identical_after_tokenisation", "all_tied")
 CUT = ("cut_prompt", "cut_completion")
 
 CARRIED = ("source", "weight", "margin", "prompt_id")
@@ -104,7 +105,8 @@ class TokenizedPairs:
     counts: `rows`, `kept`, `dropped_<kind>` for each kind in `DROPPED`; among the kept, `cut_prompt`,
         `cut_completion`, and `inexact_border`: a token lies across the border of prompt and completion, and
         no ids of the completion alone give its text back there. A list is `identical_after_tokenisation`
-        where it has fewer than two different completions left.
+        where it has fewer than two different completions left, or where a cut made completions with
+        different scores equal; and `all_tied` where its scores are all equal (`load_pairs` gives no such).
     places: for each of these but `rows` and `kept` that is not 0, the `source` of its first five rows.
     """
 
@@ -238,16 +240,28 @@ def _tokenize_batch(
     columns: dict[str, list] = {
         name: [] for name in ("prompt_ids", *replies_ids, "outcome", "length", "inexact")
     }
-    for ids, inexact in encode_replies(rows, tokenizer, template_kwargs):
+    for row, (ids, inexact) in enumerate(encode_replies(rows, tokenizer, template_kwargs)):
         length = len(ids[0]) + max(map(len, ids[1]))
         kept, outcome = policy.apply(ids, tokenizer.bos_token_id) if ids[0] else (None, "empty_prompt")
         if kept is not None and kind != UNPAIRED and all(reply == kept[1][0] for reply in kept[1]):
             kept, outcome = None, "identical_after_tokenisation"
+        if kept is not None and kind == LISTS:
+            scores: Any = judgements["scores"][row]
+            if len(set(scores)) < 2:
+                kept, outcome = None, "all_tied"
+            elif _cut_alike(ids[1], kept[1], scores):
+                kept, outcome = None, "identical_after_tokenisation"
         prompt, replies = kept or ([], [[] for _ in replies_ids] if kind != LISTS else [])
         values = (prompt, *([replies] if kind == LISTS else replies), outcome, length, inexact)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return {**columns, **judgements, "index": indices}
+
+
+def _cut_alike(whole: list[list[int]], cut: list[list[int]], scores: list[float]) -> bool:
+    """Whether completions with different scores were different before they were cut, and are not now."""
+    places = itertools.combinations(range(len(cut)), 2)
+    return any(cut[i] == cut[j] and whole[i] != whole[j] and scores[i] != scores[j] for i, j in places)
 
 
 def _judgement(row: Mapping[str, Any], kind: Kind) -> bool | list[float]:

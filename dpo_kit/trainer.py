@@ -32,9 +32,10 @@ from dpo_kit.loop import TrainingLoop
 from dpo_kit.losses import Objective, make_objective
 from dpo_kit.packing import plan_step
 from dpo_kit.planning import Planner
-from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, tokenized
+from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, settle_padding, tokenized
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
 from dpo_kit.step import Scorer
+from dpo_kit.tokenization import longest_sequence
 
 # What accelerate's names for it mean; an accelerate configuration may set it beside the arguments.
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,6 +93,8 @@ class PreferenceTrainer(TrainingLoop):
                 mend="Leave it out: the reference is then the policy as it was before the first step.",
             )
         policy = prepared_policy(model, peft_config, rewards=self.objective.needs_rewards, seed=args.seed)
+        if self.objective.needs_rewards:
+            settle_padding(policy, processing_class, train_dataset)
         if isinstance(train_dataset, Dataset) and len(train_dataset) < args.per_device_train_batch_size:
             message = (
                 f"the data has {len(train_dataset)} pairs, fewer than one step takes ({args.batch_size})"
@@ -155,6 +158,7 @@ class PreferenceTrainer(TrainingLoop):
         self._settled = dataset is not None
         if dataset is None:
             return
+        self._planner.longest, _ = longest_sequence(dataset)
         policy, reference = self._policy, self.reference
         # A copy of the policy needs no check of its own.
         others = [] if reference.model is None or reference.is_policy else [reference.model]

@@ -117,9 +117,12 @@ def of_prompts(numbers):
     [
         ([0, 1], [1, 0]),
         ([0, 1, 2], [1, 2, 0]),
+        ([0, 0, 1, 1, 2, 2], [2, 3, 4, 5, 0, 1]),
         ([0, 0, 0, 1], [3, 3, 3, 0]),
-        ([0, 1, 1, 0], [1, 3, 3, 1]),  # the last row's cyclic successor has its own prompt
+        ([0, 0, 0, 1, 2, 3, 4], [3, 4, 5, 4, 5, 6, 0]),
+        ([0, 1, 1, 0], [1, 3, 0, 2]),
         ([0, 1, 0, 0, 0], [1, 2, 1, 1, 1]),
+        ([0, 1, 0, 2], [1, 2, 1, 0]),
     ],
 )
 def test_partners_by_hand(numbers, partners):
@@ -127,15 +130,24 @@ def test_partners_by_hand(numbers, partners):
 
 
 @given(group_numbers)
-def test_a_partner_is_the_next_row_with_another_prompt(groups):
+def test_rows_of_a_prompt_have_different_partners_with_other_prompts(groups):
     dataset = of_prompts(groups.tolist())
     if len(set(groups.tolist())) == 1:
         with pytest.raises(InputError, match=r"field 'data\.train'.*the same prompt"):
             mismatched_partners(dataset)
         return
-    for i, partner in enumerate(mismatched_partners(dataset).tolist()):
-        following = [(i + step) % len(groups) for step in range(1, len(groups))]
-        assert partner == next(j for j in following if groups[j] != groups[i])
+    partners = mismatched_partners(dataset)
+    for group in set(groups.tolist()):
+        own, others = np.flatnonzero(groups == group), np.flatnonzero(groups != group)
+        assert partners[own].tolist() == [others[i % len(others)] for i in own]
+        if own[-1] - own[0] < len(others):
+            assert len(set(partners[own].tolist())) == len(own)
+
+
+def test_partners_of_labelled_replies_are_of_both_labels():
+    # A desirable reply and then an undesirable one of each of 20 prompts.
+    partners = mismatched_partners(of_prompts([i // 2 for i in range(40)]))
+    assert sorted(partners.tolist()) == list(range(40))
 
 
 def test_partners_must_be_as_many_as_the_rows():

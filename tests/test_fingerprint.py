@@ -1,11 +1,13 @@
 """What a model is known by: its key changes with all that a log-prob depends on, and with nothing else."""
 
+import pytest
 import torch
+import transformers
 from families import make_model
-from peft import get_peft_model
+from peft import PromptTuningConfig, get_peft_model
 from test_reference_cache import lora
 
-from dpo_kit.fingerprint import digest_weights, files_key, model_key
+from dpo_kit.fingerprint import active_adapters, digest_weights, files_key, model_key
 
 
 def test_the_key_changes_with_all_that_a_value_depends_on():
@@ -114,3 +116,46 @@ def test_files_are_known_by_their_bytes(tmp_path):
     weights.write_bytes(content)
     assert files_key(tmp_path / "base", "float32") != key
     assert files_key(tmp_path / "adapter") != adapter
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_files_say_nothing_before_all_weights_are_there(tmp_path, sharded):
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base, max_shard_size="20KB" if sharded else "1GB")
+    weights = sorted(base.glob("*.safetensors"))
+    assert len(weights) > 2 if sharded else len(weights) == 1
+    key = files_key(base)
+    assert key is not None
+    lora(make_model("llama"), seed=1).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    named = '"base_model_name_or_path": '
+    config.write_text(config.read_text().replace(f"{named}null", f'{named}"{base}"'))
+    assert files_key(tmp_path / "adapter") is not None
+    for path in weights:
+        path.rename(tmp_path / "away")
+        assert files_key(base) is None
+        assert files_key(tmp_path / "adapter") is None
+        (tmp_path / "away").rename(path)
+    assert files_key(base) == key
+    for path in base.glob("*.index.json"):
+        path.write_text("{")
+        assert files_key(base) is None
+
+
+def test_the_key_knows_the_release_of_transformers(monkeypatch):
+    model, keys = make_model("llama"), []
+    for version in ("5.23.0", "5.23.1", "5.24.0", "6.23.0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        keys.append(model_key(model))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_a_prompt_that_is_learnt_is_an_adapter():
+    base = make_model("llama")
+    key = model_key(base)
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    assert active_adapters(adapted) == ["default"]
+    assert model_key(adapted) != key
+    assert model_key(adapted, adapters=[]) == key

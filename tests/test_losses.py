@@ -5,20 +5,25 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 
 from dpo_kit.errors import InputError
 from dpo_kit.losses import (
     LogProbs,
+    Objective,
     dpo,
     get_loss,
     log_ratio,
     loss_names,
     make_objective,
     register_loss,
+    registry,
     sft,
     unlikelihood,
 )
 from dpo_kit.losses.inputs import log1mexp
+
+OURS = [name for name in loss_names() if get_loss(name).function.__module__.startswith("dpo_kit.")]
 
 
 def f64(*values):
@@ -151,13 +156,75 @@ def test_objective_is_a_weighted_sum():
     assert not alone.needs_rejected
 
 
-def test_a_loss_of_ones_own():
-    name = "test_margin"
-    if name not in loss_names():
+def test_a_weight_of_0_is_one():
+    objective = make_objective([{"name": "dpo"}, {"name": "sft", "weight": 0}])
+    torch.testing.assert_close(objective(example()), dpo(example()))
 
-        @register_loss(name)
-        def margin(logps, *, beta=2.0):
-            return beta * (logps.rejected_logratios - logps.chosen_logratios)
+
+def test_the_first_terms_beta_says_whether_rewards_are_per_token():
+    per_token = {name for name in OURS if make_objective(name).per_token}
+    assert {"simpo", "alphapo", "ipo", "dpo_norm", "orpo", "rrhf"} <= per_token
+    assert not {"dpo", "cpo", "ipo_raw", "sft", "kto", "bradley_terry"} & per_token
+    assert make_objective([{"name": "sft"}, {"name": "simpo"}]).per_token
+    assert not make_objective([{"name": "dpo"}, {"name": "simpo"}]).per_token
+    assert make_objective([{"name": "sft"}, {"name": "orpo"}]).per_token
+
+
+def test_which_losses_need_margins():
+    assert {name for name in OURS if make_objective(name).needs_margins} == {"odpo", "reward_aware_dpo"}
+    assert make_objective({"name": "bradley_terry", "margin": True}).needs_margins
+    assert make_objective([{"name": "dpo"}, {"name": "odpo"}]).needs_margins
+
+
+def rows(**columns):
+    return Dataset.from_dict({"prompt": ["a", "b"], "source": ["f:1", "f:2"], **columns})
+
+
+@pytest.mark.parametrize("columns", [{}, {"margin": [None, None]}])
+def test_data_without_margins_are_refused_where_a_loss_needs_them(columns):
+    make_objective("dpo").check_data(rows(**columns))
+    make_objective("bradley_terry").check_data(rows(**columns))
+    with pytest.raises(InputError, match=r"field 'data\.train': 'odpo' needs margins, and no row has one"):
+        make_objective([{"name": "dpo"}, {"name": "odpo"}]).check_data(rows(**columns))
+    with pytest.raises(InputError, match=r"or set loss\.margin to false"):
+        make_objective({"name": "bradley_terry", "margin": True}).check_data(rows(**columns))
+
+
+def test_a_margin_must_be_finite():
+    make_objective("odpo").check_data(rows(margin=[None, 1.0]))
+    with pytest.raises(InputError, match=r"f:2: field 'margin': a margin must be a finite number, got nan"):
+        make_objective("odpo").check_data(rows(margin=[1.0, float("nan")]))
+    with pytest.raises(InputError, match=r"f:1: field 'margin': .* got 'much'"):
+        make_objective("odpo").check_data(rows(margin=["much", "more"]))
+
+
+def test_scores_that_lipo_cannot_take_are_refused_before_training():
+    make_objective("plackett_luce").check_data(rows(scores=[[1.0, 0.0], [1.0, 61.0]]))
+    with pytest.raises(InputError, match=r"f:2: field 'scores': .*one is 61\.0, above 60"):
+        make_objective("lipo").check_data(rows(scores=[[60.0, 0.0], [1.0, 61.0]]))
+
+
+def test_terms_do_not_see_each_others_running_means():
+    seen = []
+
+    def looks(logps):
+        seen.append(logps.running)
+        return logps.chosen
+
+    bco = make_objective("bco_pair")
+    objective = Objective((*bco.terms, (dataclasses.replace(get_loss("sft"), function=looks), 1.0, {})))
+    objective(example(), [0.5, None])
+    assert seen == [None]
+
+
+def test_a_loss_of_ones_own(monkeypatch):
+    # Other tests know the package's own.
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    name = "test_margin"
+
+    @register_loss(name)
+    def margin(logps, *, beta=2.0):
+        return beta * (logps.rejected_logratios - logps.chosen_logratios)
 
     torch.testing.assert_close(make_objective({"name": name, "beta": 3})(example()), f64(-3.75, 6))
     with pytest.raises(ValueError, match="registered already"):
@@ -173,6 +240,17 @@ def test_a_loss_of_ones_own():
         ({"name": "dpo", "beta": "1e-5"}, "expected a number, got '1e-5'"),
         ({"name": "dpo", "label_smoothing": 0.7}, "label_smoothing must lie in"),
         ({"name": "unlikelihood", "alpha": 2}, "alpha must lie in"),
+        ({"name": "f_dpo", "divergence": 1}, "expected a word such as 'reverse_kl', got 1"),
+        ({"name": "f_dpo", "divergence": "kl"}, "divergence must be one of reverse_kl"),
+        ({"name": "rrhf", "per_token": "no"}, "field 'loss.per_token': expected true or false, got 'no'"),
+        ({"name": "bradley_terry", "margin": 1}, "expected true or false, got 1"),
+        ({"name": "dpo", "beta": True}, "expected a number, got True"),
+        ({"name": "dpo", "weight": -1}, "field 'loss.weight': a weight must be 0 or more, got -1"),
+        ({"name": "dpo", "weight": float("inf")}, "expected a number, got inf"),
+        (
+            [{"name": "dpo"}, {"name": "bradley_terry"}],
+            "field 'loss': 'bradley_terry' trains a reward model, and 'dpo' the log-probs of a causal LM",
+        ),
         ({"beta": 1}, "a loss needs a name"),
         ([], "no loss is given"),
     ],

@@ -174,6 +174,21 @@ def test_lipo_learns_from_the_first_step_on():
         value("lipo", one_list([0, 0], [1, 61]))
 
 
+def test_lipos_ranking_does_not_depend_on_rounding():
+    """Log-ratios that should be 0 are ranked as equals, by their scores, whatever is left of them."""
+    reference, scores = [-100.0, -80.0, -120.0], [3.0, 1.0, 2.0]
+
+    def moved_by(scale):
+        return [r + scale * n for r, n in zip(reference, (-4e-4, 3e-4, 2e-4), strict=True)]
+
+    exact = value("lipo", one_list(reference, scores, reference))
+    rounded = value("lipo", one_list(moved_by(1), scores, reference))
+    torch.testing.assert_close(rounded, exact, rtol=1e-3, atol=0)
+    # What is no rounding counts: 0.02 of 120 nats.
+    moved = value("lipo", one_list(moved_by(50), scores, reference))
+    assert abs(moved - exact) / exact > 0.05
+
+
 def test_rrhf_by_hand():
     # Per token -1, -2, -0.5; the order of the scores is 1 > 0 > 2. Violated: 0 and 1, 0 and 2, 1 and 2.
     logps = one_list([-2, -6, -0.5], [2, 3, 1], lengths=[2, 3, 1])

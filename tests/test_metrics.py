@@ -89,6 +89,45 @@ def test_pairs_without_a_reference_or_lengths():
     assert found == pytest.approx(expected)
 
 
+def test_rewards_of_a_loss_per_token_by_hand():
+    found = pair_metrics(pairs(), LOSSES, BETA, per_token=True)
+    # Log-ratios over tokens: (1/4, -1/8), (-2/10, -4/5) and (0.5/3, 0.5/3).
+    assert found["rewards/margins"].tolist() == pytest.approx([0.5 * 3 / 8, 0.5 * 0.6, 0])
+    assert found["rewards/chosen"].values.tolist() == pytest.approx([0.125, -0.1, 0.5 / 6])
+    weights = [sigmoid(-0.5 * 3 / 8), sigmoid(-0.3), 0.5]
+    assert found["gradient_weight"].tolist() == pytest.approx(weights)
+    summed = pair_metrics(pairs(), LOSSES, BETA)
+    assert torch.equal(found["logratios/chosen"].values, summed["logratios/chosen"].values)
+    assert found["displaced"].tolist() == summed["displaced"].tolist() == [0, 1, 0]
+    # Without a reference, SimPO's: -9/4 + 21/8, -12/10 + 24/5, -5.5/3 + 7.5/3.
+    alone = pair_metrics(replace(pairs(), reference=None), LOSSES, 2.0, per_token=True)
+    assert alone["rewards/margins"].tolist() == pytest.approx([0.75, 7.2, 4 / 3])
+
+
+def test_what_rounding_makes_of_equal_log_probs_is_a_tie():
+    # Margins of the size of rounding, and one five times as large: 1e-6 (100 + 50) = 1.5e-4.
+    logps = LogProbs.of_pairs(
+        tensor(-100.00009, -99.99991, -100.0005),
+        tensor(-50, -50, -50.00125),
+        tensor(-100, -100, -100),
+        tensor(-50, -50, -50),
+    )
+    found = pair_metrics(logps, LOSSES, BETA)
+    assert found["rewards/accuracies"].tolist() == [0.5, 0.5, 1]
+    assert found["displaced"].tolist() == [0, 0, 1]
+    # The same replies with labels: the desirable -100 +- 9e-5 may lie as far from the reference by rounding.
+    unpaired = replace(logps, shape="unpaired", example=torch.arange(6), num_examples=6)
+    accuracies = pair_metrics(unpaired, torch.zeros(6), BETA)["rewards/accuracies"].values
+    assert accuracies.tolist() == [0.5, 0.5, 0, 0.5, 0.5, 1]
+    # And as lists: the first two of equals.
+    listed = pair_metrics(replace(logps, shape="lists"), LOSSES, BETA)
+    assert listed["rewards/accuracies"].values.tolist() == [0.5, 0.5, 1]
+    assert listed["rewards/top1"].values.tolist() == [0.5, 0.5, 1]
+    # A reward model has no log-probs, and no rounding of that kind.
+    model = replace(logps, policy=None, reference=None, rewards=tensor(1e-5, 0, 0, 0, 0, 1e-5))
+    assert pair_metrics(model, LOSSES, BETA)["rewards/accuracies"].tolist() == [1, 0.5, 0]
+
+
 def test_weights_count():
     weights = torch.tensor([1.0, 3.0, 0.0])
     found = means(pairs(), weights=weights)

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 from families import make_model, make_pairs
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 
 from dpo_kit.errors import InputError
 from dpo_kit.packing import pack_tree
@@ -19,6 +19,7 @@ from dpo_kit.reference import (
     NoReference,
     make_reference,
 )
+from dpo_kit.reference.choice import starts_as_base
 from dpo_kit.scoring import head_inputs, sequence_logprobs
 
 BATCH = pack_tree(make_pairs())
@@ -163,6 +164,102 @@ def test_auto_takes_the_cheapest_that_serves():
         make_reference("frozen", bare, needed=True)
     with pytest.raises(InputError, match="there is none"):
         make_reference("none", bare, needed=True)
+
+
+def test_an_adapter_is_fresh_where_its_parameters_say_so():
+    def untied(**settings):
+        return adapt(make_model("llama", tie_word_embeddings=False), **settings)
+
+    def with_one_weight(name, **settings):
+        policy = untied(**settings)
+        next(p for n, p in policy.named_parameters() if name in n).data[-1, -1] += 1e-7
+        return policy
+
+    for settings in (
+        {},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "gaussian"},
+    ):
+        assert starts_as_base(untied(**settings))
+    # Rows that no few tokens would meet, or weights too small to see in their logits.
+    tokens = {"trainable_token_indices": {"embed_tokens": [95, 96]}}
+    assert not starts_as_base(with_one_weight("trainable_tokens_delta", **tokens))
+    assert not starts_as_base(with_one_weight("lm_head.modules_to_save", modules_to_save=["lm_head"]))
+    assert not starts_as_base(with_one_weight("lora_B"))
+    embedding = untied(target_modules=["embed_tokens"], trained=True)
+    assert not starts_as_base(embedding)
+    for name in ("pissa", "olora", False):
+        assert not starts_as_base(untied(init_lora_weights=name))
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    assert not starts_as_base(get_peft_model(make_model("llama"), ia3))
+    assert not starts_as_base(make_model("llama"))
+
+
+def unfreeze(policy, part):
+    for name, parameter in policy.named_parameters():
+        if part in name:
+            parameter.requires_grad_(True)
+    return policy
+
+
+def test_a_base_that_is_trained_too_is_no_reference():
+    biases = adapt(make_model("qwen2"), bias="all")
+    norms = unfreeze(adapt(make_model("llama")), "layernorm")
+    layer = unfreeze(adapt(make_model("llama")), "layers.1.mlp")
+    for policy, named in ((biases, r"q_proj\.base_layer\.bias"), (norms, "layernorm"), (layer, "mlp")):
+        for mode in ("adapter_off", "adapter"):
+            with pytest.raises(InputError, match=rf"reference\.mode.*{named}.*cached or live"):
+                make_reference(mode, policy, needed=True, adapter="first")
+        assert isinstance(make_reference("auto", policy, needed=True), LiveReference)
+        assert isinstance(make_reference("auto", policy, needed=True, cacheable=True), CachedReference)
+    # A copy that is trained in place of the base's own is an adapter's.
+    saved = adapt(make_model("llama", tie_word_embeddings=False), modules_to_save=["lm_head", "norm"])
+    assert isinstance(make_reference("auto", saved, needed=True), AdapterOffReference)
+
+
+class OwnReference:
+    """As a user writes it."""
+
+    is_policy, model, needs_keys = False, None, False
+
+    def __init__(self, model):
+        self.scored = model
+
+    def logprobs(self, batch):
+        with torch.no_grad():
+            return sequence_logprobs(self.scored, batch)
+
+    def head_inputs(self, batch):
+        return head_inputs(self.scored, batch)
+
+
+class OldReference(OwnReference):
+    """Gives a tensor, as references once did."""
+
+    def logprobs(self, batch):
+        return super().logprobs(batch).sequences
+
+
+def test_a_reference_of_ones_own_is_checked():
+    policy, model = adapt(make_model("llama")), make_model("llama", seed=4)
+    reference = make_reference("auto", policy, needed=True, given=OwnReference(model))
+    assert torch.equal(reference.logprobs(BATCH).entries, entries_of(model))
+    assert torch.equal(reference.head_inputs(BATCH).hidden, head_inputs(model, BATCH).hidden)
+    assert (reference.is_policy, reference.model, reference.needs_keys) == (False, None, False)
+    old = make_reference("auto", policy, needed=True, given=OldReference(model))
+    with pytest.raises(InputError, match=r"ref_model.*gave a Tensor.*SequenceLogProbs"):
+        old.logprobs(BATCH)
+    with pytest.raises(InputError, match=r"ref_model.*object has no is_policy.*reference\.Reference"):
+        make_reference("auto", policy, needed=True, given=object())
+
+
+@pytest.mark.parametrize("mode", ["moving", "adapter_off", "adapter", "none"])
+@pytest.mark.parametrize("kind", [OwnReference, copy.copy, lambda model: "some/where"])
+def test_what_is_given_goes_with_no_mode_that_has_its_own(mode, kind):
+    policy, given = adapt(make_model("llama")), kind(make_model("llama"))
+    with pytest.raises(InputError, match=rf"reference\.mode.*not go with mode {mode}.*ref_model out"):
+        make_reference(mode, policy, needed=mode != "none", given=given, adapter="first", update_weight=1.0)
 
 
 def test_a_path_can_be_the_reference(tmp_path):

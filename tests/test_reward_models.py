@@ -94,6 +94,26 @@ def test_bf16_gives_fp32_rewards_near_those_of_fp32():
     assert (found - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_the_value_head_is_fp32_on_a_bf16_body(weights):
+    """Rewards and every gradient: those of the same body, run in bf16, with a head in fp32 after it."""
+    model = make_reward_model("llama", weights).eval()
+    batch = pack_tree(make_pairs())
+    with torch.autocast("cpu", torch.bfloat16), tree_attention(model):
+        where = {"position_ids": batch.position_ids, "tree": batch.tree, "use_cache": False}
+        body = model.model(input_ids=batch.input_ids, **where)
+    rows = body.last_hidden_state[0, batch.last_rows]
+    expected = rows.float() @ model.score.weight.float().T[:, 0]
+    wanted = gradients(model, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sequence_rewards(model, batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert (found.bfloat16() != found).any(), "these rewards fit into bf16, and show nothing"
+    for name, gradient in gradients(model, found).items():
+        torch.testing.assert_close(gradient, wanted[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("pad_token_id", [None, 0, 5])
 @pytest.mark.parametrize("layout", ["tree", "padded"])
 def test_whatever_the_padding_token_the_last_token_is_read(pad_token_id, layout):
@@ -109,7 +129,7 @@ def test_replies_that_end_with_the_padding_token_are_told_of():
     model = make_reward_model("llama", pad_token_id=5)
     assert "token 5" in padding_advice(model, {3, 5})
     assert padding_advice(model, {3, 4}) == ""
-    assert padding_advice(make_reward_model("gpt2"), {3, 5}) == ""
+    assert "no pad_token_id" in padding_advice(make_reward_model("gpt2"), {3, 5})
 
 
 def test_lists_of_replies_share_one_tree():
@@ -192,7 +212,7 @@ def test_missing_weights_and_other_shapes_are_refused_by_name(tmp_path):
     config = load_config({"model_type": "llama", **TREE_FAMILIES["llama"], "num_labels": 3})
     two = AutoModelForSequenceClassification.from_config(config)
     two.save_pretrained(tmp_path / "labels")
-    with pytest.raises(InputError, match=r"score\.weight"):
+    with pytest.raises(InputError, match=r"num_labels 3, and .* was trained with num_labels=1"):
         load_reward_model(tmp_path / "labels")
     with pytest.raises(InputError, match="3 labels"):
         sequence_rewards(two, pack_tree(make_pairs()))
@@ -261,6 +281,7 @@ def test_nothing_is_left_after_an_error():
     with pytest.raises((IndexError, RuntimeError)):
         sequence_rewards(model, batch)
     assert not model.score._forward_hooks
+    assert "forward" not in vars(model.score)
     assert model.config.pad_token_id == 0
     assert model.config._attn_implementation != TREE_ATTENTION
 

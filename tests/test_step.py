@@ -137,6 +137,65 @@ def test_data_that_a_loss_cannot_learn_from_is_refused(tmp_path, loss, data):
         make_trainer(tmp_path, dataset=data(), loss=loss)
 
 
+@pytest.mark.parametrize("columns", [{}, {"margin": [None] * 12}])
+def test_a_loss_without_its_margins_is_refused(tmp_path, columns):
+    with pytest.raises(InputError, match="'odpo' needs margins"):
+        make_trainer(tmp_path, dataset=make_dataset(**columns), loss="odpo")
+
+
+def long_and_short():
+    """A long prompt with a short reply, and the reverse, again and again; at most 24 tokens in all."""
+    random = np.random.default_rng(0)
+
+    def ids(length):
+        return random.integers(5, 90, length).tolist()
+
+    lengths = [(23, 1), (4, 20), (12, 3)] * 3
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [ids(prompt) for prompt, _ in lengths],
+            "completion_ids": [ids(reply) for _, reply in lengths],
+            "label": [i % 2 == 0 for i in range(len(lengths))],
+        }
+    )
+
+
+@pytest.mark.parametrize("mode", ["live", "cached"])
+def test_kto_mixes_no_sequence_that_is_longer_than_the_datas_own(tmp_path, mode):
+    model = make_model("gpt2", n_positions=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    settings = {"loss": "kto", "batch_size": 9, "max_steps": 1, "reference_mode": mode}
+    trainer = make_trainer(
+        tmp_path, model, long_and_short(), reference_cache_dir=str(tmp_path / "cache"), **settings
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    longest = [int(part.position_ids.max()) + 1 for part in batch["mismatched"]]
+    assert max(longest) == 24
+    assert sum(len(part.lengths) for part in batch["mismatched"]) == 9
+    assert min(int(part.lengths.min()) for part in batch["mismatched"]) == 1
+    assert np.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_before_training_a_cached_reference_and_the_policy_tie(tmp_path, loss):
+    data = make_dataset(40)
+    trainer = make_trainer(
+        tmp_path, dataset=data, eval_dataset=data, loss=loss, reference_mode="cached",
+        reference_cache_dir=str(tmp_path / "cache"), batch_size=5, tokens_per_micro_batch=70,
+    )  # fmt: skip
+    found = trainer.evaluate()
+    assert found["eval_rewards/accuracies"] == 0.5
+    assert found["eval_displaced"] == 0
+
+
+def test_a_runs_log_has_the_margins_that_its_loss_compares(tmp_path):
+    trainer = make_trainer(tmp_path, loss={"name": "simpo", "beta": 2.0, "gamma": 0.0}, batch_size=1)
+    trainer.train()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        logged = json.loads(line)
+        expected = np.log1p(np.exp(-logged["rewards/margins"]))
+        assert logged["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_running_mean_survives_a_resume(tmp_path):
     weights = []
     for stop in (None, 3):

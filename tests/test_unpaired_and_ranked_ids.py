@@ -185,6 +185,25 @@ def test_coinciding_replies_of_a_list(tokenizer: PreTrainedTokenizerFast) -> Non
     assert tokenize_pairs(unpaired(("ab", "x", True)), tokenizer).counts["kept"] == 1
 
 
+def test_a_list_in_which_a_cut_contradicts_the_scores_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    data = lists(
+        ("ab", ["samex", "samey", "z"], [1.0, 0.0, 2.0]),
+        ("ab", ["samex", "samey", "z"], [1.0, 1.0, 2.0]),  # equals may become one
+        ("ab", ["xsame", "ysame", "z"], [1.0, 0.0, 2.0]),
+    )
+    result = tokenize_pairs(data, tokenizer, max_length=5, overlong="cut_completion_right")
+    assert result.dataset["index"][:] == [1, 2]
+    assert result.counts["dropped_identical_after_tokenisation"] == 1
+    assert result.counts["cut_completion"] == 2
+    assert tokenize_pairs(data, tokenizer).counts["kept"] == 3
+
+
+def test_a_list_that_prefers_nothing_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    result = tokenize_pairs(lists(("a", ["b", "c"], [1.0, 1.0]), ("a", ["b", "c"], [1.0, 2.0])), tokenizer)
+    assert result.dataset["index"][:] == [1]
+    assert result.account() == ["dropped_all_tied: 1 of 2 ranked lists (a:1)"]
+
+
 def test_a_data_set_made_without_load_pairs_is_checked(tokenizer: PreTrainedTokenizerFast) -> None:
     assert tokenize_pairs(unpaired(("a", "b", 1), ("a", "c", 0)), tokenizer).dataset["label"][:] == [
         True,

@@ -21,7 +21,8 @@ from dpo_kit.losses import (  # noqa: F401
 from dpo_kit.losses.inputs import LogProbs, concatenate
 from dpo_kit.losses.likelihood import log_ratio, sft, unlikelihood
 from dpo_kit.losses.logistic import dpo
-from dpo_kit.losses.registry import LossSpec, Objective, get_loss, loss_names, make_objective, register_loss
+from dpo_kit.losses.objective import Objective, make_objective
+from dpo_kit.losses.registry import LossSpec, get_loss, loss_names, register_loss
 
 __all__ = [
     "LogProbs",

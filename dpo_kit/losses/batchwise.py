@@ -100,7 +100,8 @@ def beta_dpo(
     Args:
         logps: needs both replies under policy and reference, of the whole step, and `running`.
         beta: beta_0, positive.
-        alpha: how much b follows M, at least 0.
+        alpha: how much b follows M, at least 0. M has its factor beta here, as in the paper's formula; in
+            the authors' code it has not, so that alpha 6 at beta 0.1 reproduces their 0.6.
         momentum: weight of the past in M0, in [0, 1).
         smallest_beta: b is at least this, as in the authors' code; in (0, beta].
 

@@ -96,6 +96,7 @@ def robust_dpo(logps: LogProbs, *, beta: float = 0.01, label_smoothing: float = 
     title="Length-normalised DPO",
     paper="Lambert et al. 2024 (Tulu 3), arXiv 2411.15124",
     incumbents=("TRL sigmoid_norm", "open-instruct dpo_norm"),
+    per_token=True,
 )
 def dpo_norm(logps: LogProbs, *, beta: float = 5.0) -> Tensor:
     """-log sigmoid(beta (log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected|)).

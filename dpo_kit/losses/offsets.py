@@ -39,7 +39,12 @@ def r_dpo(logps: LogProbs, *, beta: float = 0.1, alpha: float = 0.01) -> Tensor:
     return -F.logsigmoid(beta * logratio_margin(logps) + alpha * longer)
 
 
-@register_loss("odpo", title="ODPO (DPO with an offset)", paper="Amini et al. 2024, arXiv 2402.10571")
+@register_loss(
+    "odpo",
+    title="ODPO (DPO with an offset)",
+    paper="Amini et al. 2024, arXiv 2402.10571",
+    margins=True,
+)
 def odpo(logps: LogProbs, *, beta: float = 0.5, alpha: float = 1.0, scaling: str = "log") -> Tensor:
     """-log sigmoid(beta m - alpha f(score(chosen) - score(rejected))).
 
@@ -47,8 +52,8 @@ def odpo(logps: LogProbs, *, beta: float = 0.5, alpha: float = 1.0, scaling: str
         logps: needs both replies under policy and reference, and the data's score `margins`.
         beta: strength of the KL constraint, positive.
         alpha: weight of the offset, at least 0.
-        scaling: f, "log" or "identity". A pair whose margin is not positive has no logarithm (0 says that
-            the data give no scores): with "log" its offset is 0, which is DPO.
+        scaling: f, "log" or "identity". A pair whose margin is not positive has no logarithm (0 also
+            says that a row has none): with "log" its offset is 0, which is DPO.
 
     Returns:
         [P] binary cross-entropy per pair, nats.

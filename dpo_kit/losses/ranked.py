@@ -9,6 +9,8 @@ Shapes: P lists, K replies in the longest, S replies in all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,10 @@ from torch import Tensor
 from dpo_kit.losses.common import require_at_least_zero, require_positive
 from dpo_kit.losses.inputs import LogProbs
 from dpo_kit.losses.registry import register_loss
+
+# LiPO: gains are 2^score; and which part of a log-prob the difference of equal ones may be.
+_HIGHEST_SCORE = 60
+_ROUNDING = 1e-5
 
 
 class _Lists:
@@ -79,9 +85,17 @@ def plackett_luce(logps: LogProbs, *, beta: float = 0.1) -> Tensor:
     return competing.logsumexp(-1).sum(-1)
 
 
+def _check_gains(scores: Sequence[float]) -> None:
+    if max(scores) > _HIGHEST_SCORE:
+        raise ValueError(
+            f"lipo's gains are powers of 2: scale the scores, best to [0, 1]; one is {max(scores)}, above 60"
+        )
+
+
 @register_loss(
     "lipo",
     shape="lists",
+    check_scores=_check_gains,
     paper="Liu et al. 2024, arXiv 2402.01878, section 3",
     title="LiPO-lambda",
 )
@@ -90,11 +104,12 @@ def lipo(logps: LogProbs, *, beta: float = 0.05) -> Tensor:
 
     w_ij = |2^y_i - 2^y_j| |1 / log(1 + t_i) - 1 / log(1 + t_j)|, t the place (from 1) of a reply in the
     policy's present ranking by s, without gradient. Replies with equal s, as all are in the first step, are
-    placed by their scores.
+    placed by their scores; equal, for the ranking alone, are log-ratios that differ by no more than 1e-5 of
+    the list's largest log-prob (nats), which is what rounding makes of equal ones.
 
     Args:
         logps: needs scores and the reference. The paper's scores lie in [0, 1]; as gains grow as 2^y, scores
-            above 60 are refused.
+            above 60 are refused. Differences between scores far below 0 have next to no weight.
         beta: strength of the KL constraint, positive.
 
     Returns:
@@ -102,10 +117,11 @@ def lipo(logps: LogProbs, *, beta: float = 0.05) -> Tensor:
     """
     require_positive(beta=beta)
     lists = _Lists(logps)
-    if bool((lists.scores_PK > 60).any()):
-        raise ValueError("lipo's gains are powers of 2: scale the scores, best to [0, 1]; one is above 60")
+    _check_gains(lists.scores_PK.flatten().tolist())
     ahead = _differences(lists.table(logps.logratios))
-    discounts = 1 / torch.log1p(_rank(lists, ahead.detach()))
+    size_P11 = lists.table(logps.need("policy").detach()).abs().amax(1)[:, None, None]
+    clearly_ahead = ahead.detach().masked_fill(ahead.abs() <= _ROUNDING * size_P11, 0)
+    discounts = 1 / torch.log1p(_rank(lists, clearly_ahead))
     weights = _differences(torch.exp2(lists.scores_PK)).abs() * _differences(discounts).abs()
     losses = -weights * F.logsigmoid(beta * ahead)
     return losses.masked_fill(~lists.better_PKK, 0).sum((1, 2))
@@ -131,6 +147,7 @@ def _rank(lists: _Lists, ahead_PKK: Tensor) -> Tensor:
     reference=False,
     paper="Yuan et al. 2023, arXiv 2304.05302, section 3",
     title="RRHF",
+    per_token=True,
 )
 def rrhf(logps: LogProbs, *, rank_weight: float = 1.0, per_token: bool = False) -> Tensor:
     """w sum over pairs with y_i > y_j of max(0, p_j - p_i) - log pi(best reply), p the log-prob per token.

@@ -26,6 +26,7 @@ def _mean_logps(logps: LogProbs) -> tuple[Tensor, Tensor]:
     reference=False,
     paper="Meng et al. 2024, arXiv 2405.14734, equation 6",
     title="SimPO",
+    per_token=True,
     incumbents=("TRL CPOTrainer simpo", "LLaMA-Factory simpo", "axolotl simpo"),
 )
 def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float = 1.4) -> Tensor:
@@ -52,6 +53,7 @@ def simpo(logps: LogProbs, *, beta: float = 2.5, gamma: float = 1.4) -> Tensor:
     reference=False,
     paper="Gupta et al. 2025, arXiv 2501.03884",
     title="AlphaPO",
+    per_token=True,
     incumbents=("TRL CPOTrainer simpo with alpha",),
 )
 def alphapo(
@@ -118,6 +120,7 @@ def cpo(
     reference=False,
     paper="Hong et al. 2024, arXiv 2403.07691, equations 6 and 7",
     title="ORPO",
+    per_token=True,
     incumbents=("TRL ORPOTrainer", "LLaMA-Factory orpo", "axolotl orpo"),
 )
 def orpo(logps: LogProbs, *, odds_weight: float = 0.1, smallest: float = 1e-5) -> Tensor:

@@ -1,19 +1,17 @@
-"""Losses by name, and an objective made from what a recipe says: one loss or a weighted sum."""
+"""Losses by name, with what each of them looks at."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpo_kit.errors import InputError
-from dpo_kit.losses.inputs import LogProbs, Shape
+from dpo_kit.losses.inputs import Shape
 
 LossFunction = Callable[..., Tensor]
 
@@ -42,6 +40,11 @@ class LossSpec:
         mismatched: whether it looks at the log-ratios of replies to other prompts (KTO's estimate of the KL).
         running: (LogProbs, **hyper-parameters) -> [], a statistic of the step of which the loss gets the
             running mean, with its hyper-parameter `momentum` as the weight of the past.
+        per_token: whether it compares log-probs (or log-ratios) per token, so that its implicit reward is
+            beta times their mean over a reply's tokens and not their sum.
+        margins: whether it looks at the data's margins, or the name of the hyper-parameter that says so.
+        check_scores: raises ValueError for the scores of an example that it cannot learn from; called for
+            each ranked list before training.
     """
 
     name: str
@@ -58,6 +61,9 @@ class LossSpec:
     batch: bool
     mismatched: bool
     running: LossFunction | None
+    per_token: bool
+    margins: bool | str
+    check_scores: Callable[[Sequence[float]], None] | None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -89,6 +95,9 @@ def register_loss(
     batch: bool = False,
     mismatched: bool = False,
     running: LossFunction | None = None,
+    per_token: bool = False,
+    margins: bool | str = False,
+    check_scores: Callable[[Sequence[float]], None] | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Decorator: make a loss known by name.
 
@@ -122,6 +131,9 @@ def register_loss(
             batch=batch or mismatched or running is not None,
             mismatched=mismatched,
             running=running,
+            per_token=per_token,
+            margins=margins,
+            check_scores=check_scores,
         )
         return function
 
@@ -145,211 +157,11 @@ def get_loss(name: str) -> LossSpec:
         InputError: no such name; the nearest is named.
     """
     if name not in _LOSSES:
-        raise InputError(f"unknown loss '{name}'", field="loss.name", mend=_nearest(name, loss_names()))
+        raise InputError(f"unknown loss '{name}'", field="loss.name", mend=nearest(name, loss_names()))
     return _LOSSES[name]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A weighted sum of losses with their hyper-parameters fixed.
-
-    Attributes:
-        terms: (loss, weight, hyper-parameters) of each.
-    """
-
-    terms: tuple[tuple[LossSpec, float, dict[str, Any]], ...]
-
-    def __call__(self, logps: LogProbs, running: Sequence[float | None] = ()) -> Tensor:
-        """[P] loss per example, nats.
-
-        Args:
-            logps: of a step where a loss couples its examples, else of any part of it.
-            running: what `averaged` gave for the step; without it a running mean is the step's own value.
-        """
-        means = running or self.averaged(logps, ())
-        total: Tensor | None = None
-        for (spec, weight, options), mean in zip(self.terms, means, strict=True):
-            if mean is not None:
-                device = logps.example.device
-                logps = replace(logps, running=torch.tensor(mean, dtype=torch.float64, device=device))
-            values = spec.function(logps, **options)
-            if spec.shape == "unpaired":
-                values = logps.mean_per_example(values)
-            total = weight * values if total is None else total + weight * values
-        assert total is not None
-        return total
-
-    def averaged(self, logps: LogProbs, before: Sequence[float | None]) -> list[float | None]:
-        """The running mean of each term that has one, a step's log-probs taken in.
-
-        Args:
-            logps: of a whole step.
-            before: what this gave for the step before; empty at the first.
-        """
-        found: list[float | None] = []
-        for (spec, _, options), old in zip(self.terms, before or [None] * len(self.terms), strict=True):
-            if spec.running is None:
-                found.append(None)
-                continue
-            new = float(spec.running(logps, **options).detach())
-            momentum = options.get("momentum", spec.hyperparameters["momentum"])
-            found.append(new if old is None else momentum * old + (1 - momentum) * new)
-        return found
-
-    def _any(self, name: str) -> bool:
-        return any(bool(getattr(spec, name)) for spec, _, _ in self.terms)
-
-    @property
-    def needs_reference(self) -> bool:
-        return self._any("reference")
-
-    @property
-    def needs_reference_tokens(self) -> bool:
-        return self._any("reference_tokens")
-
-    @property
-    def needs_rejected(self) -> bool:
-        return self._any("rejected")
-
-    @property
-    def needs_rewards(self) -> bool:
-        return self._any("rewards")
-
-    @property
-    def needs_mismatched(self) -> bool:
-        return self._any("mismatched")
-
-    @property
-    def couples_examples(self) -> bool:
-        """Whether the loss of one example depends on the others of the step."""
-        return self._any("batch")
-
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """What the losses ask of the policy's token distributions."""
-        return tuple(sorted({name for spec, _, _ in self.terms for name in spec.extras}))
-
-    @property
-    def beta(self) -> float:
-        """The factor between log-ratio and implicit reward: the first term's beta, 1 where it has none."""
-        for spec, _, options in self.terms:
-            if "beta" in spec.hyperparameters:
-                return float(options.get("beta", spec.hyperparameters["beta"]))
-        return 1.0
-
-    def check_shape(self, shape: Shape) -> None:
-        """Refuse data of a shape that a loss cannot learn from.
-
-        Raises:
-            InputError: naming the loss and the shape.
-        """
-        for spec, _, _ in self.terms:
-            if shape not in ("pairs", spec.shape):
-                kinds = {"pairs": "pairs", "unpaired": "replies with a label", "lists": "ranked lists"}
-                fitting = [n for n, s in _LOSSES.items() if s.shape == shape]
-                raise InputError(
-                    f"'{spec.name}' learns from {kinds[spec.shape]}, and the data are {kinds[shape]}",
-                    field="loss.name",
-                    mend=f"Losses for them: {', '.join(sorted(fitting))}.",
-                )
-
-
-def make_objective(loss: str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Objective) -> Objective:
-    """An objective from a recipe's `loss`: a name, `{name, ...}`, or a list of `{name, weight, ...}`.
-
-    Raises:
-        InputError: an unknown name or hyper-parameter, or a value that the loss refuses.
-    """
-    if isinstance(loss, Objective):
-        return loss
-    if isinstance(loss, str):
-        loss = {"name": loss}
-    entries: list[Any] = list(loss) if isinstance(loss, (list, tuple)) else [loss]
-    if not all(isinstance(entry, Mapping) for entry in entries):
-        raise InputError(
-            f"expected a name, {{name: ...}} or a list of these, got {loss!r}",
-            field="loss",
-            mend="For example loss: {name: dpo, beta: 0.1}.",
-        )
-    if not entries:
-        raise InputError("no loss is given", field="loss", mend="For example loss: {name: dpo, beta: 0.1}.")
-    return Objective(tuple(_term(entry) for entry in entries))
-
-
-def _term(entry: Mapping[str, Any]) -> tuple[LossSpec, float, dict[str, Any]]:
-    options = dict(entry)
-    if not isinstance(options.get("name"), str):
-        raise InputError("a loss needs a name", field="loss.name", mend=f"One of {', '.join(loss_names())}.")
-    spec = get_loss(options.pop("name"))
-    weight = options.pop("weight", 1.0)
-    known = spec.hyperparameters
-    for key, value in options.items():
-        if key not in known:
-            raise InputError(
-                f"'{spec.name}' has no such hyper-parameter", field=f"loss.{key}", mend=_nearest(key, known)
-            )
-        if isinstance(known[key], (int, float)) and not isinstance(known[key], bool):
-            _check_number(value, f"loss.{key}")
-    _check_number(weight, "loss.weight")
-    _check_values(spec, options)
-    return spec, float(weight), options
-
-
-def _check_number(value: Any, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(
-            f"expected a number, got {value!r}", field=field, mend="YAML reads 1e-5 as text; write 1.0e-5."
-        )
-
-
-def _check_values(spec: LossSpec, options: dict[str, Any]) -> None:
-    """Let the loss refuse what is out of range, on two made-up pairs with no more than it says it needs."""
-    if spec.running is not None and "momentum" not in spec.hyperparameters:
-        raise InputError("a running mean needs the hyper-parameter momentum", field=f"loss ({spec.name})")
-    probe = _made_up_pairs(spec)
-    if spec.running is not None:
-        probe = replace(probe, running=torch.zeros(()))
-    try:
-        value = spec.function(probe, **options)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error), field=f"loss ({spec.name})") from error
-    expected = (len(probe.example) if spec.shape == "unpaired" else probe.num_examples,)
-    if not isinstance(value, torch.Tensor) or value.shape != expected:
-        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        kind = "reply" if spec.shape == "unpaired" else "pair"
-        raise InputError(
-            f"a loss gives one value per {kind}, [{expected[0]}] here; this one gave {got}",
-            field=f"loss ({spec.name})",
-        )
-
-
-def _made_up_pairs(spec: LossSpec) -> LogProbs:
-    """Two pairs of one-token replies, with what the loss is registered to look at and nothing else."""
-    pairs = 2
-    ones, lengths = torch.full((pairs,), -1.0), torch.ones(pairs, dtype=torch.long)
-    rejected = ones if spec.rejected else None
-    tokens = torch.full((2 * pairs if spec.rejected else pairs,), -1.0)
-    logps = LogProbs.of_pairs(
-        ones,
-        rejected,
-        ones if spec.reference else None,
-        rejected if spec.reference else None,
-        lengths,
-        lengths if spec.rejected else None,
-        margins=torch.zeros(pairs),
-        token_logps=tokens,
-        token_sequence=torch.arange(len(tokens)),
-    )
-    return replace(
-        logps,
-        policy=None if spec.rewards else logps.policy,
-        rewards=torch.zeros_like(tokens) if spec.rewards else None,
-        reference_token_logps=tokens if spec.reference_tokens else None,
-        token_extras={name: torch.full_like(tokens, 0.5) for name in spec.extras},
-        mismatched=torch.zeros(pairs) if spec.mismatched else None,
-    )
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """Says which known name may be meant, or all of them."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."

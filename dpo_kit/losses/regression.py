@@ -19,6 +19,7 @@ from dpo_kit.losses.registry import register_loss
     title="IPO (length-normalised)",
     paper="Azar et al. 2023, arXiv 2310.12036, equation 17, per token",
     incumbents=("TRL ipo", "LLaMA-Factory ipo"),
+    per_token=True,
 )
 def ipo(logps: LogProbs, *, beta: float = 0.1) -> Tensor:
     """(log-ratio(chosen) / |chosen| - log-ratio(rejected) / |rejected| - 1 / (2 beta))^2.
@@ -104,6 +105,7 @@ def cal_dpo(logps: LogProbs, *, beta: float = 0.002) -> Tensor:
     title="Reward-aware preference optimisation",
     paper="Nemotron-4 340B technical report 2024, arXiv 2406.11704",
     incumbents=("NeMo-Aligner rpo_bwd_kl, rpo_fwd_kl, rpo_sq",),
+    margins=True,
 )
 def reward_aware_dpo(
     logps: LogProbs, *, beta: float = 0.1, scale: float = 1.0, distance: str = "backward_kl"
@@ -116,7 +118,7 @@ def reward_aware_dpo(
 
     Args:
         logps: needs both replies under policy and reference, and the data's score `margins`. A pair whose
-            margin is 0 (also: whose data give no scores) counts as a tie.
+            margin is 0 (also: that has none, where others have) counts as a tie.
         beta: strength of the KL constraint, positive; the report tunes it.
         scale: the report's eta, positive.
         distance: "backward_kl", "forward_kl" or "squared".

@@ -16,6 +16,7 @@ from dpo_kit.losses.registry import register_loss
     rewards=True,
     paper="Ouyang et al. 2022, arXiv 2203.02155, equation 1; margin: arXiv 2307.09288, equation 2",
     title="Bradley-Terry reward model",
+    margins="margin",
     incumbents=("TRL RewardTrainer", "OpenRLHF train_rm", "LLaMA-Factory stage rm"),
 )
 def bradley_terry(logps: LogProbs, *, margin: bool = False, centring: float = 0.0) -> Tensor:

@@ -49,7 +49,8 @@ def kto(
     micro-batches and ranks; 0 where it is negative or nothing is mismatched; without gradient. It is the
     paper's, but for where the replies come from: the paper (and TRL) shift those of a batch by one, so that a
     batch of one, such as a data set's last, pairs a prompt with its own reply. Here every batch size is
-    right.
+    right. Where a prompt with another's reply would be longer than the longest sequence of the data, the
+    reply loses its end, so the estimate is then one over its first tokens.
 
     Args:
         logps: needs labels, the reference, and the log-ratios of mismatched replies.

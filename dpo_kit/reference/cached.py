@@ -53,6 +53,7 @@ class CachedReference:
         is_policy: whether it has the weights that the policy starts from.
         tokens: whether the log-prob of each token is wanted too.
         autocast: what the model is run in; part of its key.
+        dtype: of the log-probs that come out.
         name: where the model was loaded from, for `dpo-kit cache ls`.
     """
 
@@ -67,6 +68,7 @@ class CachedReference:
         is_policy: bool,
         tokens: bool = False,
         autocast: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
         name: str = "",
     ) -> None:
         self.store = store
@@ -74,9 +76,8 @@ class CachedReference:
         self.tokens = tokens
         self._source = source
         self._autocast = autocast
+        self._dtype = dtype
         self._name = name
-        self._seen: set[str] = set()
-        self._parts: list[Shard] = []
         self._known = Lookup(Shard.joined([]))
 
     @property
@@ -85,22 +86,19 @@ class CachedReference:
         return "tokens" if self.tokens else "sequences"
 
     def __len__(self) -> int:
-        """Sequences that were read."""
+        """Distinct sequences that were read."""
         return len(self._known)
 
     def reload(self) -> None:
-        """Read the shards that are new since the last time."""
-        new = self.store.read_new(self.kind, self._seen)
-        if new:
-            self._parts = [Shard.joined([*self._parts, *new])]
-            self._known = Lookup(self._parts[0])
+        """Read the shards that are new since the last time; what was known before keeps its value."""
+        self._known = self.store.known(self.kind)
 
     def missing(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """[S] whether the sequence of each of [S, 16] keys must be computed; of what was read so far."""
         return self._known.find(keys) < 0
 
     def logprobs(self, batch: MicroBatch) -> SequenceLogProbs:
-        """Of a micro-batch planned with its keys: fp32, on its device; no `entries` without `tokens`.
+        """Of a micro-batch planned with its keys, on its device; no `entries` without `tokens`.
 
         What `fill` was not asked for, as in a training loop of one's own, is computed on the spot. That is
         slow: the model is looked for each time.
@@ -119,8 +117,9 @@ class CachedReference:
         if (places < 0).any():
             raise TrainingError(f"log-probs of the reference were removed from {self.store.folder} meanwhile")
         device = batch.lengths.device
-        sums = torch.from_numpy(self._known.sums(places)).float()
+        sums = torch.from_numpy(self._known.sums(places)).to(self._dtype)
         entries = torch.from_numpy(self._known.entries(places)) if self.tokens else torch.empty(0)
+        entries = entries.to(self._dtype)
         return SequenceLogProbs(sums.to(device, non_blocking=True), entries.to(device, non_blocking=True))
 
     def head_inputs(self, batch: MicroBatch) -> HeadInputs:

@@ -9,22 +9,24 @@ import torch
 from torch import nn
 
 from dpo_kit.errors import InputError
-from dpo_kit.fingerprint import active_adapters, model_key
-from dpo_kit.models import load_model, unwrap
+from dpo_kit.fingerprint import active_adapters, adapter_tensors, model_key, trained_base_parameters
+from dpo_kit.models import unwrap
 from dpo_kit.reference.cached import CachedReference
 from dpo_kit.reference.in_memory import (
     AdapterOffReference,
     AdapterReference,
     LiveReference,
     MovingReference,
-    adapters_off,
+    check_has_adapters,
     load_adapter,
 )
-from dpo_kit.reference.interface import NoReference, Reference
-from dpo_kit.reference.origin import Origin, key_of_path
+from dpo_kit.reference.interface import GivenReference, NoReference, Reference
+from dpo_kit.reference.origin import Origin, key_of_path, load_reference
 from dpo_kit.reference.store import ReferenceCache
 
 ReferenceMode = Literal["auto", "cached", "adapter_off", "adapter", "live", "moving", "none"]
+
+_OURS = (CachedReference, LiveReference, AdapterOffReference, NoReference)
 
 
 def make_reference(
@@ -45,7 +47,7 @@ def make_reference(
 
     Args:
         mode: "auto": none where the objective needs none; "cached" where it can be; "adapter_off" where the
-            policy has a fresh adapter and nothing else is given; else "live".
+            policy has a fresh adapter, trains nothing else and nothing else is given; else "live".
         policy: with its adapter, where it gets one; as it is before the first step, in eval or train mode.
         needed: whether the objective looks at a reference.
         given: a model, or where to load one from, or a reference of one's own; default: the policy as it is.
@@ -71,10 +73,17 @@ def make_reference(
             field="reference.mode",
             mend="Set it to auto or live, or choose a loss that needs no reference.",
         )
+    if given is not None and mode not in ("auto", "cached", "live"):
+        raise InputError(
+            f"a reference of its own does not go with mode {mode}",
+            field="reference.mode",
+            mend="Leave reference.path and ref_model out"
+            + ("." if mode == "none" else ", or set it to live or cached."),
+        )
     if mode == "none" or (mode == "auto" and not needed):
         return NoReference()
     if given is not None and not isinstance(given, (nn.Module, str, Path)):
-        return given
+        return given if isinstance(given, _OURS) else GivenReference(given)
     if mode == "auto":
         mode = _best_mode(policy, given, cacheable)
     if mode == "cached":
@@ -91,8 +100,8 @@ def make_reference(
 def _best_mode(policy: nn.Module, given: Any, cacheable: bool) -> str:
     if cacheable:
         return "cached"
-    fresh = given is None and bool(active_adapters(policy)) and starts_as_base(policy)
-    return "adapter_off" if fresh else "live"
+    fresh = given is None and starts_as_base(policy)
+    return "adapter_off" if fresh and not trained_base_parameters(policy) else "live"
 
 
 def _in_memory(
@@ -102,20 +111,13 @@ def _in_memory(
         if isinstance(given, nn.Module):
             return LiveReference(given, is_policy=False)
         if given is not None:
-            return LiveReference(load_model(given, _dtype(policy)), is_policy=False)
+            return LiveReference(load_reference(given, _dtype(policy)), is_policy=False)
         return LiveReference.copy_of(policy)
-    if given is not None:
-        raise InputError(
-            f"a reference of its own does not go with mode {mode}",
-            field="reference.mode",
-            mend="Leave reference.path and ref_model out, or set it to live or cached.",
-        )
     if mode == "moving":
         return MovingReference(policy, update_every=update_every, weight=update_weight)
+    _check_base_stays(policy)
     if mode == "adapter_off":
-        reference = AdapterOffReference(policy, is_policy=False)
-        reference.is_policy = starts_as_base(policy)
-        return reference
+        return AdapterOffReference(policy, is_policy=starts_as_base(policy))
     if adapter is None:
         raise InputError(
             "mode adapter needs the name of an adapter",
@@ -127,6 +129,18 @@ def _in_memory(
     return AdapterReference(policy, adapter)
 
 
+def _check_base_stays(policy: nn.Module) -> None:
+    """Raises InputError where a policy without its adapter would change in training."""
+    check_has_adapters(policy)
+    if trained := trained_base_parameters(policy):
+        more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""
+        raise InputError(
+            f"the base model is trained too, and the reference would follow: {', '.join(trained[:3])}{more}",
+            field="reference.mode",
+            mend="Set it to cached or live, or train adapters alone (such as bias: none in model.lora).",
+        )
+
+
 def _cached(
     policy: nn.Module,
     given: nn.Module | str | Path | None,
@@ -134,6 +148,7 @@ def _cached(
     tokens: bool,
     autocast: torch.dtype | None,
 ) -> CachedReference:
+    cache.check()
     model: Any = unwrap(given if isinstance(given, nn.Module) else policy)
     name = str(given) if isinstance(given, (str, Path)) else getattr(model.config, "_name_or_path", "")
     dtype = _dtype(policy)
@@ -141,7 +156,7 @@ def _cached(
         key = key_of_path(cache, str(given), dtype, autocast)
     else:
         # A fresh adapter changes nothing: then a run with one shares the cache of the bare model.
-        fresh = given is None and bool(active_adapters(policy)) and starts_as_base(policy)
+        fresh = given is None and starts_as_base(policy)
         key = model_key(model, autocast=autocast, adapters=[] if fresh else None)
     origin = Origin(key, autocast, dtype, path=name)
     if given is None:
@@ -149,28 +164,41 @@ def _cached(
     elif isinstance(given, nn.Module):
         origin.given = given
     return CachedReference(
-        cache.of_model(key), origin, is_policy=given is None, tokens=tokens, autocast=autocast, name=name
+        cache.of_model(key),
+        origin,
+        is_policy=given is None,
+        tokens=tokens,
+        autocast=autocast,
+        dtype=torch.promote_types(dtype, torch.float32),
+        name=name,
     )
 
 
-@torch.no_grad()
 def starts_as_base(policy: nn.Module) -> bool:
-    """Whether the adapters of a peft model change nothing yet, seen by its logits on a few tokens.
+    """Whether the adapters of a peft model are sure to change nothing yet, seen by their parameters.
 
-    A fresh LoRA changes nothing; one that was trained does, and so do initialisations that take a part of
-    the weights out of the base model (PiSSA, LoftQ).
+    So with LoRA whose second factor is zero, beside whole modules that equal those they were copied from. Of
+    any other kind of adapter nothing is known, and the answer is no.
     """
     inner: Any = unwrap(policy)
-    device = next(inner.parameters()).device
-    ids = torch.arange(8, device=device).remainder(inner.config.get_text_config().vocab_size)[None]
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
-    with_adapters = inner(input_ids=ids, use_cache=False).logits
-    for module, mode in modes:
-        module.training = mode
-    with adapters_off(inner):
-        without = inner(input_ids=ids, use_cache=False).logits
-    return torch.allclose(with_adapters, without, rtol=1e-4, atol=1e-5)
+    on = active_adapters(inner)
+    if not on or any(str(inner.peft_config[name].peft_type.value) != "LORA" for name in on):
+        return False
+    originals = dict(inner.get_base_model().state_dict())
+    tensors = adapter_tensors(inner, on)
+    for name, value in tensors.items():
+        parts = name.split(".")
+        if "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            original = originals.get(".".join([*parts[:at], "original_module", *parts[at + 2 :]]))
+            unchanged = original is not None and torch.equal(value, original)
+        elif "lora_B" in parts or "lora_embedding_B" in parts:
+            unchanged = not bool(value.any())
+        else:
+            unchanged = "lora_A" in parts or "lora_embedding_A" in parts
+        if not unchanged:
+            return False
+    return bool(tensors)
 
 
 def _dtype(policy: nn.Module) -> torch.dtype:

@@ -247,7 +247,7 @@ def adapters_off(policy: nn.Module) -> Iterator[None]:
 def adapters_on(policy: nn.Module, name: str) -> Iterator[None]:
     """Within: another adapter of a peft model is switched on, in eval mode; after: it is as it was."""
     inner: Any = unwrap(policy)
-    active, tuned = inner.active_adapter, getattr(inner.base_model, "active_adapters", [])
+    active, tuned = inner.active_adapter, inner.active_adapters
     with _left_as_it_was(inner):
         try:
             inner.set_adapter(name)

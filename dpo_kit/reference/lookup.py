@@ -14,21 +14,23 @@ class Lookup:
     """Sequences, sorted by their keys; 2 million are sorted in about a second.
 
     Args:
-        shard: what is known; a sequence may be there more than once.
+        shard: what is known; of a sequence that is there more than once the first counts.
     """
 
     def __init__(self, shard: Shard) -> None:
         # Fixed-length strings of bytes: numpy sorts and searches them, and takes no notice of what is equal
         # in all 16 of them.
         keys = _as_strings(shard.keys)
-        self._order = keys.argsort()
+        # Stable: of what is equal the first stays first, and a search finds it.
+        self._order = keys.argsort(kind="stable")
         self._sorted = keys[self._order]
         self._sums = shard.sums
         self._lengths, self._logprobs = shard.lengths, shard.logprobs
         self._starts = None if shard.lengths is None else np.cumsum(shard.lengths) - shard.lengths
 
     def __len__(self) -> int:
-        return len(self._sums)
+        """Distinct sequences."""
+        return int(np.count_nonzero(self._sorted[1:] != self._sorted[:-1])) + bool(len(self._sorted))
 
     def find(self, keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """[S] where each of [S, 16] keys is; -1 where it is not known."""

@@ -93,7 +93,7 @@ class Origin:
         if not self.path:
             return None
         try:
-            model = load_model(self.path, self.dtype)
+            model = load_reference(self.path, self.dtype)
         except InputError:
             if self.policy is None and self.given is None:
                 # There was no other place.
@@ -107,18 +107,42 @@ def key_of_path(cache: ReferenceCache, path: str, dtype: torch.dtype, autocast: 
     """The key of a model that lies in files; it is loaded where the cache does not know these files yet.
 
     Raises:
-        InputError: there is no such model, or the cache cannot be written.
+        InputError: there is no such model.
     """
-    folder = _model_folder(path)
-    # What another version of transformers makes of the same files may be another model.
-    also = (str(dtype), str(autocast), transformers.__version__)
-    files = None if folder is None else files_key(folder, *also)
-    if files is not None and (known := cache.known_key(files)):
+
+    def files_now() -> str | None:
+        folder = _model_folder(path)
+        # What another version of transformers makes of the same files may be another model.
+        also = (str(dtype), str(autocast), transformers.__version__)
+        return None if folder is None else files_key(folder, *also)
+
+    before = files_now()
+    if before is not None and (known := cache.known_key(before)):
         return known
-    key = model_key(load_model(path, dtype), autocast=autocast)
-    if files is not None:
-        cache.remember(files, key)
+    key = model_key(load_reference(path, dtype), autocast=autocast)
+    # Loading fetches what the hub has and the folder had not; and nobody stops others from writing there.
+    after = files_now()
+    if after is not None and before in (None, after):
+        # A cache that may only be read can do without.
+        with contextlib.suppress(InputError):
+            cache.remember(after, key)
     return key
+
+
+def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """`load_model`, whose errors name the reference's field.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    try:
+        return load_model(path, dtype)
+    except InputError as error:
+        if error.field != "model.path":
+            raise
+        raise InputError(
+            error.problem, file=error.file, line=error.line, field="reference.path", mend=error.mend
+        ) from error
 
 
 def _model_folder(path: str) -> Path | None:

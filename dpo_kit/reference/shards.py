@@ -69,6 +69,14 @@ class Shard:
             return cls(np.empty((0, 16), np.uint8), np.empty(0))
         return cls(together("keys"), together("sums"), together("lengths"), together("logprobs"))
 
+    def at(self, places: npt.NDArray[np.int64]) -> Shard:
+        """Of the sequences at these places alone."""
+        if self.lengths is None or self.logprobs is None:
+            return Shard(self.keys[places], self.sums[places])
+        parts = np.split(self.logprobs, self.lengths.cumsum()[:-1])
+        logprobs = np.concatenate([self.logprobs[:0], *(parts[i] for i in places)])
+        return Shard(self.keys[places], self.sums[places], self.lengths[places], logprobs)
+
     def of_kind(self, kind: Kind) -> Shard:
         """As it is kept in shards of that kind."""
         return self if kind == "tokens" else Shard(self.keys, self.sums)

@@ -4,8 +4,9 @@
                                  /*.safetensors     see `shards`
     <cache>/reference/files/<files key>.json        the model key of a model that lies in files
 
-No lock is needed: processes that fill the same folder add shards of their own, and a sequence that is in
-two of them is harmless. Says nothing of how values come about (`cached`).
+No lock is needed: processes that fill the same folder add shards of their own. The first value of a sequence
+that was written stays its value: what is known is not written again, and where two processes wrote it at once
+the older shard counts for all who read both. Says nothing of how values come about (`cached`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpo_kit.cache_folder import cache_folder
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.reference.lookup import Lookup
 from dpo_kit.reference.shards import (
     DAMAGED,
     SHARD,
@@ -81,14 +85,30 @@ class ModelStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._seen: dict[Kind, set[str]] = {"sequences": set(), "tokens": set()}
+        self._held: dict[Kind, Shard] = {}
+        self._lookups: dict[Kind, Lookup] = {}
 
     def shards(self, kind: Kind | None = None) -> list[Path]:
-        """Paths of the shards of a kind, or of both."""
+        """Paths of the shards of a kind, or of both; the oldest first."""
         found = [path for path in _files(self.folder) if SHARD.fullmatch(path.name)]
-        return [path for path in found if kind is None or path.name.startswith(kind)]
+        chosen = [path for path in found if kind is None or path.name.startswith(kind)]
+        return sorted(chosen, key=lambda path: (_written_ns(path), path.name))
+
+    def known(self, kind: Kind) -> Lookup:
+        """All of a kind that was written so far; what was known before keeps its value.
+
+        Raises:
+            InputError: a shard may not be read.
+        """
+        new = self.read_new(kind, self._seen[kind])
+        if new or kind not in self._lookups:
+            self._held[kind] = Shard.joined([*filter(None, [self._held.get(kind)]), *new])
+            self._lookups[kind] = Lookup(self._held[kind])
+        return self._lookups[kind]
 
     def read_new(self, kind: Kind, seen: set[str]) -> list[Shard]:
-        """What shards hold whose names are not in `seen`; the names are put there.
+        """What shards hold whose names are not in `seen`, the oldest first; the names are put there.
 
         A damaged shard is set aside, with a warning, and what it held is missing. Computed again, it may well
         come back under the same name.
@@ -128,13 +148,18 @@ class ModelStore:
         warnings.warn(message, DpoKitWarning, stacklevel=4)
 
     def add(self, shard: Shard, kind: Kind) -> None:
-        """Write a shard; one with tokens for those who want sums alone too.
+        """Write what is not known of a shard; one with tokens for those who want sums alone too.
 
         Raises:
             InputError: the folder cannot be written, or the disk is full.
         """
-        for each in {"sequences", kind}:
-            write_shard(self.folder, shard.of_kind("tokens" if each == "tokens" else "sequences"))
+        kinds: tuple[Kind, ...] = ("sequences",) if kind == "sequences" else ("sequences", "tokens")
+        firsts = np.unique(Lookup(shard).find(shard.keys))
+        for each in kinds:
+            # Looked up right now: another process may have written it since it was found to be missing.
+            new = firsts[self.known(each).find(shard.keys[firsts]) < 0]
+            if len(new):
+                write_shard(self.folder, shard.of_kind(each).at(new))
 
     def describe(self, **about: Any) -> None:
         """Say what the model is, where that was not said yet; see `ModelSummary`."""
@@ -143,23 +168,29 @@ class ModelStore:
             write_file(self.folder / _ABOUT, json.dumps(about, indent=2).encode())
 
     def summary(self) -> ModelSummary:
-        """What is kept, by the shards' headers alone."""
+        """What is kept, by the shards' keys alone."""
         about, files = _read_json(self.folder / _ABOUT), _files(self.folder)
-        counts = {"sequences": 0, "tokens": 0}
-        for path in self.shards():
-            with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as header:
-                counts[path.name.split("-")[0]] += header.get_slice("sums").get_shape()[0]
         return ModelSummary(
             key=self.folder.name,
             name=str(about.get("name") or about.get("class") or "unknown"),
             dtype=about.get("dtype"),
             autocast=about.get("autocast"),
-            sequences=counts["sequences"],
-            with_tokens=counts["tokens"],
+            sequences=self._count("sequences"),
+            with_tokens=self._count("tokens"),
             damaged=sum(path.name.endswith(DAMAGED) for path in files),
             bytes=sum(map(_size, files)),
             used=_iso(self.last_used()),
         )
+
+    def _count(self, kind: Kind) -> int:
+        """Distinct sequences in the shards of a kind; those that cannot be read are passed over."""
+        parts = []
+        for path in self.shards(kind):
+            with contextlib.suppress(OSError, SafetensorError), safe_open(path, "numpy") as file:
+                keys = file.get_tensor("keys")
+                if keys.dtype == np.uint8 and keys.shape == (len(keys), 16):
+                    parts.append(Shard(keys, np.empty(len(keys))))
+        return len(Lookup(Shard.joined(parts)))
 
     def last_used(self) -> float:
         """When a file was last written, or the shards last read."""
@@ -175,6 +206,24 @@ class ReferenceCache:
 
     def __init__(self, cache_dir: str | Path | None = None) -> None:
         self.folder = cache_folder(cache_dir, "reference")
+
+    def check(self) -> None:
+        """Find out early whether anything can be kept here; what may only be read still serves.
+
+        Raises:
+            InputError: the folder is not there and cannot be made, or is no folder.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            if not os.path.isdir(self.folder):
+                raise InputError(
+                    f"the reference's log-probs cannot be kept in {self.folder}: {error.strerror or error}",
+                    field="reference.cache_dir",
+                    mend="Name a folder that can be written, or set reference.mode to live.",
+                ) from error
 
     def of_model(self, key: str) -> ModelStore:
         """What is kept of a model; see `dpo_kit.fingerprint.model_key`."""
@@ -324,6 +373,12 @@ def _changed(path: Path) -> float:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
+
+
+def _written_ns(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def _read_json(path: Path) -> dict[str, Any]:
