@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dpo_kit.attention import attention_backend
 from dpo_kit.examples import PairTokens
+from dpo_kit.logprob import HeadInputs
 from dpo_kit.packing import MicroBatch, plan_step
 from dpo_kit.reference import LiveReference
 from dpo_kit.scoring import SequenceLogProbs
@@ -34,6 +35,10 @@ class TableReference:
         """Of sequences as the reference scored them, chosen first; no `entries`."""
         both = torch.stack([self._table[source] for source in batch.sources])
         return SequenceLogProbs(both.T.reshape(-1).to(batch.lengths.device), torch.empty(0))
+
+    def head_inputs(self, batch: MicroBatch) -> HeadInputs:
+        """A table has log-probs alone."""
+        raise TypeError("there is no forward pass")
 
 
 def precomputed_reference(
