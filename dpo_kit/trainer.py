@@ -214,13 +214,7 @@ class PreferenceTrainer(TrainingLoop):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
     ) -> Any:
-        """As transformers has it; `resume_from_checkpoint=True` is the newest of checkpoints/step-N.
-
-        Checkpoints of an earlier run in the same folder are put aside under another name.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Fill a cached reference, then train; see `dpo_kit.checkpoints.CheckpointingTrainer.train`."""
         on_cpu = self.args.device.type == "cpu"
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
             # Before a checkpoint is loaded: the policy may be what the reference is.
