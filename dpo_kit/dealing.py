@@ -17,13 +17,14 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS
 from dpo_kit.tree import IntArray
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-REPLIES = ("chosen_ids", "rejected_ids", "completion_ids", "completions_ids")
+REPLIES = tuple(name for kind in KINDS_OF_ROWS for name in kind.ids)
 # What `examples.example_of` takes.
 READ = ("prompt_ids", *REPLIES, "label", "scores", "weight", "margin", "source")
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_kit.errors import InputError
+from dpo_kit.shapes import Shape
 from dpo_kit.tree import IntArray
 
 TokenIds = npt.NDArray[np.integer[Any]]
-# See `dpo_kit.losses.LogProbs`.
-Shape = Literal["pairs", "unpaired", "lists"]
 
 
 @dataclass(frozen=True)
@@ -90,13 +89,6 @@ def example_of(row: Mapping[str, Any], *, with_rejected: bool = True) -> Example
         replies, scores = row["completions_ids"], row["scores"]
     replies, scores = [np.asarray(ids) for ids in replies], [float(score) for score in scores]
     return ScoredReplies(prompt, replies, scores, *_weight_and_source(row))
-
-
-def shape_of(columns: Collection[str]) -> Shape:
-    """What the rows of a data set are, of text or tokenised, by its columns."""
-    if "completion" in columns or "completion_ids" in columns:
-        return "unpaired"
-    return "lists" if "completions" in columns or "completions_ids" in columns else "pairs"
 
 
 def _weight_and_source(row: Mapping[str, Any]) -> tuple[float, str]:

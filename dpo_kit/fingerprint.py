@@ -119,7 +119,7 @@ def files_key(folder: Path, *also: str) -> str | None:
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     base: str | None = ""
     if (adapter := folder / "adapter_config.json").is_file():
-        named = _read_fields(adapter).get("base_model_name_or_path")
+        named = read_fields(adapter).get("base_model_name_or_path")
         base = files_key(Path(named)) if named and Path(named).is_dir() else None
     if base is None:
         return None
@@ -156,15 +156,15 @@ def _has_weights(folder: Path) -> bool:
         return False
     shards: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        named = _read_fields(index).get("weight_map")
+        named = read_fields(index).get("weight_map")
         if not isinstance(named, dict):
             return False
         shards |= set(map(str, named.values()))
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _read_fields(path: Path) -> dict[str, Any]:
-    """Empty where the file holds no object; whoever loads the model says so better."""
+def read_fields(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file, or none that is whole and holds one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

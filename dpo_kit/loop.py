@@ -31,7 +31,7 @@ from dpo_kit.models import tree_attention
 from dpo_kit.packing import Layout, MicroBatch
 from dpo_kit.planning import Planner
 from dpo_kit.reference import Reference
-from dpo_kit.step import CoupledStep, Scorer, carried_on, couple
+from dpo_kit.step import CoupledStep, Scorer, carried_on, couple, sources_of, weights_of
 
 # Relative difference of a sequence's log-prob between a policy and a reference of the same weights:
 # (low precision, computed in other micro-batches) -> what is allowed.
@@ -50,12 +50,13 @@ class TrainingLoop(CheckpointingTrainer):
         args: the settings.
         objective: what is trained.
         reference: what the policy is compared with.
+        planner: makes micro-batches of rows.
     """
 
     args: PreferenceConfig
     objective: Objective
     reference: Reference
-    _planner: Planner
+    planner: Planner
     _scorer: Scorer
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -68,7 +69,7 @@ class TrainingLoop(CheckpointingTrainer):
     @property
     def layout(self) -> Layout:
         """How micro-batches are laid out: "tree" or "padded"."""
-        return self._planner.layout
+        return self.planner.layout
 
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
@@ -82,15 +83,14 @@ class TrainingLoop(CheckpointingTrainer):
         return losses
 
     def _coupled(
-        self, model: nn.Module, inputs: dict[str, Any], weights: Tensor, split: str | None
+        self, model: nn.Module, inputs: dict[str, Any], split: str | None, *, with_graph: bool = False
     ) -> CoupledStep:
         """A whole step's losses, where one depends on the others."""
-        batches = inputs["micro_batches"]
         # Held-out examples are coupled within what one rank evaluates at once.
         ranks = self.args.world_size if split == "train" else 1
-        step = couple(self._scorer, model, inputs, weights, self._counts.running, self.accelerator, ranks)
-        sources = [source for batch in batches for source in batch.sources]
-        self._watch(step.logps, step.losses, weights, sources, split)
+        running = self._counts.running
+        step = couple(self._scorer, model, inputs, running, self.accelerator, ranks, with_graph=with_graph)
+        self._watch(step.logps, step.losses, step.weights, sources_of(inputs["micro_batches"]), split)
         return step
 
     def _watch(
@@ -126,12 +126,9 @@ class TrainingLoop(CheckpointingTrainer):
     ) -> Any:
         """Mean loss of a planned batch with its graph, all micro-batches at once (for inspection)."""
         batches = [batch.to(self.args.device) for batch in inputs["micro_batches"]]
-        weights = torch.cat([batch.weights for batch in batches])
+        weights = weights_of(batches)
         if self.objective.couples_examples:
-            parts = [self._scorer(model, batch) for batch in batches]
-            strangers = inputs.get("mismatched")
-            mismatched = strangers and self._scorer.logratios(model, strangers, self.args.device)
-            losses = CoupledStep(self.objective, parts, weights, mismatched, self._counts.running).losses
+            losses = self._coupled(model, inputs, None, with_graph=True).losses
         else:
             losses = torch.cat([self._losses(model, batch, None) for batch in batches])
         loss = (losses * weights).sum() / _divisor(weights.sum())
@@ -149,7 +146,7 @@ class TrainingLoop(CheckpointingTrainer):
         if not self._stepped:
             self._logged_at = time.perf_counter()
         batches: list[MicroBatch] = inputs["micro_batches"]
-        weights = torch.cat([batch.weights for batch in batches]).to(self.args.device)
+        weights = weights_of(batches).to(self.args.device)
         weight = weights.sum()
         if self.args.world_size > 1:
             # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
@@ -158,7 +155,7 @@ class TrainingLoop(CheckpointingTrainer):
         step, gradients = None, []
         if self.objective.couples_examples:
             with self._attention(model):
-                step = self._coupled(model, inputs, weights, "train")
+                step = self._coupled(model, inputs, "train")
             self._counts.running = step.running
             gradients = step.gradients(weight) if step.is_cut else []
         step_losses: list[Tensor] = []
@@ -178,8 +175,7 @@ class TrainingLoop(CheckpointingTrainer):
             self._counts.add(batch)
         self._stepped = True
         losses = torch.cat(step_losses) if step is None else step.losses.detach()
-        sources = [source for batch in batches for source in batch.sources]
-        check_finite(sources, losses, f"at step {self.state.global_step + 1}")
+        check_finite(sources_of(batches), losses, f"at step {self.state.global_step + 1}")
         return (losses * weights).sum() / weight
 
     def _attention(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -256,9 +252,7 @@ class TrainingLoop(CheckpointingTrainer):
         """Where they come from and their losses, of each micro-batch, or of all at once."""
         batches: list[MicroBatch] = inputs["micro_batches"]
         if self.objective.couples_examples:
-            weights = torch.cat([batch.weights for batch in batches]).to(self.args.device)
-            step = self._coupled(model, inputs, weights, "eval")
-            yield [source for batch in batches for source in batch.sources], step.losses
+            yield sources_of(batches), self._coupled(model, inputs, "eval").losses
             return
         for planned in batches:
             batch = planned.to(self.args.device)

@@ -25,11 +25,11 @@ from dpo_kit.attention import TreeAttentionPlan, plan_tree_attention
 from dpo_kit.attention.transport import SentAsArrays
 from dpo_kit.examples import (
     Example,
-    Shape,
     number_sequences,
     sequence_keys,
     sequences_of,
 )
+from dpo_kit.shapes import Shape
 from dpo_kit.tree import IntArray, SortedSequences, build_tree, sort_sequences
 
 Layout = Literal["tree", "padded"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,9 +70,14 @@ class Planner:
             examples.append([self.mismatched(row) for row in rows])
         return examples
 
+    def whole(self, examples: Sequence[Example]) -> MicroBatch:
+        """All examples in one micro-batch, whatever the budget."""
+        (batch,) = self._planned(examples, sys.maxsize, self.layout)
+        return batch
+
     def plan(self, examples: Sequence[Example], layout: Layout | None = None) -> list[MicroBatch]:
         """Examples -> micro-batches under the run's token budget."""
-        args = self.args
-        return plan_step(
-            examples, args.token_budget, layout or self.layout, args.backend, with_keys=self.with_keys
-        )
+        return self._planned(examples, self.args.token_budget, layout or self.layout)
+
+    def _planned(self, examples: Sequence[Example], budget: int, layout: Layout) -> list[MicroBatch]:
+        return plan_step(examples, budget, layout, self.args.backend, with_keys=self.with_keys)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.examples import Example, example_of, shape_of
+from dpo_kit.examples import Example, example_of
 from dpo_kit.losses import Objective
 from dpo_kit.models import (
     check_length,
@@ -28,8 +28,9 @@ from dpo_kit.models import (
     value_head,
 )
 from dpo_kit.packing import Layout
+from dpo_kit.pairs.kinds import kind_of_columns, kind_of_ids
 from dpo_kit.scoring import backend_difference, choose_layout
-from dpo_kit.tokenization import longest_sequence, tokenize_pairs
+from dpo_kit.tokenization import tokenize_pairs
 
 # Rows of the training data among which the start-up check looks for its probe.
 _PROBE_ROWS = 256
@@ -53,7 +54,9 @@ def tokenized(dataset: Any, tokenizer: Any, args: PreferenceConfig, objective: O
     if not isinstance(dataset, Dataset) or not len(dataset):
         got = "an empty one" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise InputError(f"expected a datasets.Dataset with pairs, got {got}", field="train_dataset")
-    objective.check_shape(shape_of(dataset.column_names))
+    kind = kind_of_ids(dataset.column_names) or kind_of_columns(dataset.column_names)
+    if kind is not None:
+        objective.check_shape(kind.name)
     objective.check_data(dataset)
     if "prompt_ids" in dataset.column_names:
         return dataset
@@ -139,6 +142,7 @@ def own_forward(model: nn.Module) -> nn.Module:
 def settle_layout(
     models: Sequence[nn.Module],
     dataset: Dataset,
+    longest: tuple[int, int],
     args: PreferenceConfig,
     to_example: Callable[[dict[str, Any]], Example],
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -150,6 +154,7 @@ def settle_layout(
     Args:
         models: policy and, where it is another model, reference.
         dataset: tokenised; its first rows and its longest are what is looked at.
+        longest: its longest sequence, see `longest_sequence`.
         args: layout says what is wanted, max_length stands in messages.
         to_example: row -> what is trained on.
         autocast: what the models run in.
@@ -158,9 +163,9 @@ def settle_layout(
         InputError: sequences that a model has no positions for, or a tree that is asked for by name and
             cannot be trusted.
     """
-    longest, place = longest_sequence(dataset)
+    tokens, place = longest
     for model in models:
-        check_length(model, args.max_length, longest)
+        check_length(model, args.max_length, tokens)
     if args.layout == "padded":
         return "padded"
     rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[place]]

@@ -112,6 +112,7 @@ class CoupledStep:
     Attributes:
         logps: of this rank's examples, in the order of its micro-batches.
         losses: [P] of them.
+        weights: [P] of them.
         running: of the objective's means, this step taken in.
     """
 
@@ -124,7 +125,7 @@ class CoupledStep:
         running: Sequence[float | None] = (),
         ranks: int = 1,
     ) -> None:
-        self._parts = list(parts)
+        self._parts, self.weights = list(parts), weights
         self.logps = concatenate(self._parts)
         shared = [_Shared(self.logps, weights, mismatched)]
         rank = 0
@@ -181,38 +182,52 @@ class _Shared:
         return _Shared(logps, moved(self.weights), moved(self.mismatched))
 
 
+def weights_of(batches: Sequence[MicroBatch]) -> Tensor:
+    """[P] weights of a step's examples, in the order of its micro-batches."""
+    return torch.cat([batch.weights for batch in batches])
+
+
+def sources_of(batches: Sequence[MicroBatch]) -> list[str]:
+    """P places in the data, likewise."""
+    return [source for batch in batches for source in batch.sources]
+
+
 def couple(
     scorer: Scorer,
     model: nn.Module,
     inputs: dict[str, Any],
-    weights: Tensor,
     running: Sequence[float | None],
     accelerator: Accelerator,
     ranks: int,
+    *,
+    with_graph: bool = False,
 ) -> CoupledStep:
-    """Score a whole step and take its losses; with a graph where it is one micro-batch.
+    """Score a whole step and take its losses; with a graph where it is one micro-batch, or where asked for.
 
     Args:
         scorer: of the run.
         model: the policy.
         inputs: what `dpo_kit.planning.Planner` made of the step's rows.
-        weights: [P] of the examples.
         running: of the objective's means, before this step.
         accelerator: of the trainer.
         ranks: whose examples are coupled: all of them, or 1 for this one alone.
+        with_graph: keep the graphs of all micro-batches.
     """
     device, batches = accelerator.device, inputs["micro_batches"]
-    alone = len(batches) == 1
-    if ranks > 1:
-        # On all ranks or on none: the wrapper's own collectives must come in one order everywhere.
-        alone = int(accelerator.gather(torch.tensor([len(batches)], device=device)).max()) == 1
+    if not with_graph:
+        most = len(batches)
+        if ranks > 1:
+            # On all ranks or on none: the wrapper's own collectives must come in one order everywhere.
+            most = int(accelerator.gather(torch.tensor([most], device=device)).max())
+        with_graph = most == 1
     strangers = inputs.get("mismatched")
     mismatched = None if strangers is None else scorer.logratios(model, strangers, device)
     parts = []
     for planned in batches:
-        with torch.set_grad_enabled(alone and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
             logps = scorer(model, planned.to(device))
-        parts.append(logps if alone else as_leaves(logps))
+        parts.append(logps if with_graph else as_leaves(logps))
+    weights = weights_of(batches).to(device)
     return CoupledStep(scorer.objective, parts, weights, mismatched, running, ranks)
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_kit.cache_folder import cache_folder
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns, kind_of_ids
 from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
 
 # Part of the cache's key: raise it when the ids of the same rows change, or what becomes of them.
@@ -116,7 +116,9 @@ class TokenizedPairs:
 
     def account(self) -> list[str]:
         """A line for everything that was left out or cut: what, how often, and where first."""
-        rows = next(k.rows for k in KINDS_OF_ROWS if f"{k.replies[0]}_ids" in self.dataset.column_names)
+        kind_of_rows = kind_of_ids(self.dataset.column_names)
+        assert kind_of_rows is not None
+        rows = kind_of_rows.rows
         happened = {kind: n for kind, n in self.counts.items() if n and kind not in ("rows", "kept")}
         return [
             f"{kind}: {n} of {self.counts['rows']} {rows} ({', '.join(self.places.get(kind, []))}"
@@ -187,7 +189,7 @@ def tokenize_pairs(
 def _mapped_features(kind: Kind, carried: dict[str, Any]) -> datasets.Features:
     """The columns that `_tokenize_batch` gives beside those it leaves as they are."""
     ids = datasets.List(datasets.Value("int32"))
-    replies = {f"{name}_ids": datasets.List(ids) if kind == LISTS else ids for name in kind.replies}
+    replies = {name: datasets.List(ids) if kind == LISTS else ids for name in kind.ids}
     outcome = {"index": "int64", "outcome": "string", "length": "int64", "inexact": "bool"}
     judgements = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
     return datasets.Features(
@@ -203,7 +205,7 @@ def _mapped_features(kind: Kind, carried: dict[str, Any]) -> datasets.Features:
 
 def longest_sequence(dataset: datasets.Dataset) -> tuple[int, int]:
     """Tokens of the longest sequence of a tokenised data set of any kind, and the number of its row."""
-    replies = [f"{name}_ids" for kind in KINDS_OF_ROWS for name in kind.replies]
+    replies = [name for kind in KINDS_OF_ROWS for name in kind.ids]
     names = [name for name in ("prompt_ids", *replies) if name in dataset.column_names]
     table = dataset.with_format("arrow").select_columns(names)[:]
     lengths = [_longest_of_each(column) for column in table.columns]
@@ -236,9 +238,8 @@ def _tokenize_batch(
     inputs = [batch[name] for name in batch]
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*inputs, strict=True)]
     judgements = {kind.judgement: [_judgement(row, kind) for row in rows]} if kind.judgement else {}
-    replies_ids = [f"{name}_ids" for name in kind.replies]
     columns: dict[str, list] = {
-        name: [] for name in ("prompt_ids", *replies_ids, "outcome", "length", "inexact")
+        name: [] for name in ("prompt_ids", *kind.ids, "outcome", "length", "inexact")
     }
     for row, (ids, inexact) in enumerate(encode_replies(rows, tokenizer, template_kwargs)):
         length = len(ids[0]) + max(map(len, ids[1]))
@@ -251,7 +252,7 @@ def _tokenize_batch(
                 kept, outcome = None, "all_tied"
             elif _cut_alike(ids[1], kept[1], scores):
                 kept, outcome = None, "identical_after_tokenisation"
-        prompt, replies = kept or ([], [[] for _ in replies_ids] if kind != LISTS else [])
+        prompt, replies = kept or ([], [[] for _ in kind.ids] if kind != LISTS else [])
         values = (prompt, *([replies] if kind == LISTS else replies), outcome, length, inexact)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)

@@ -7,7 +7,6 @@ What a step does with them is in `loop`. The optimiser, schedules and logging ar
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ from dpo_kit.filling import Filled, fill, rows_ahead
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.loop import TrainingLoop
 from dpo_kit.losses import Objective, make_objective
-from dpo_kit.packing import plan_step
 from dpo_kit.planning import Planner
 from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, settle_padding, tokenized
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
@@ -86,7 +84,7 @@ class PreferenceTrainer(TrainingLoop):
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, args, self.objective) for data in (train_dataset, eval_dataset)
         )
-        if ref_model is not None and ref_model is model and isinstance(model, nn.Module):
+        if isinstance(model, nn.Module) and ref_model is model:
             raise InputError(
                 "the reference is the very object that is trained",
                 field="ref_model",
@@ -100,11 +98,11 @@ class PreferenceTrainer(TrainingLoop):
                 f"the data has {len(train_dataset)} pairs, fewer than one step takes ({args.batch_size})"
             )
             warnings.warn(message, DpoKitWarning, stacklevel=2)
-        self._planner = Planner(args, self.objective)
+        self.planner = Planner(args, self.objective)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=self._planner,
+            data_collator=self.planner,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -124,9 +122,10 @@ class PreferenceTrainer(TrainingLoop):
         if self.reference.model is not None:
             self.reference.model.to(args.device)
         self.filled = Filled()
+        self._filled_for: Any = None
         metrics = tuple(args.token_metrics)
         self._scorer = Scorer(self.objective, self.reference, self.accelerator.autocast, metrics)
-        self._planner.with_keys = self.reference.needs_keys
+        self.planner.with_keys = self.reference.needs_keys
         self._settle_layout(train_dataset if train_dataset is not None else eval_dataset)
         if args.compile_blocks:
             for compiled in filter(None, (self._policy, self.reference.model)):
@@ -158,12 +157,13 @@ class PreferenceTrainer(TrainingLoop):
         self._settled = dataset is not None
         if dataset is None:
             return
-        self._planner.longest, _ = longest_sequence(dataset)
+        longest = longest_sequence(dataset)
+        self.planner.longest = longest[0]
         policy, reference = self._policy, self.reference
         # A copy of the policy needs no check of its own.
         others = [] if reference.model is None or reference.is_policy else [reference.model]
-        self._planner.layout = settle_layout(
-            [policy, *others], dataset, self.args, self._planner.example, self.accelerator.autocast
+        self.planner.layout = settle_layout(
+            [policy, *others], dataset, longest, self.args, self.planner.example, self.accelerator.autocast
         )
 
     def _settle_token_budget(self) -> None:
@@ -173,13 +173,9 @@ class PreferenceTrainer(TrainingLoop):
         # A sharded model takes other memory than what one rank can measure alone.
         if fixed or self.is_fsdp_enabled or self.is_deepspeed_enabled or len(data) < 2:  # type: ignore[arg-type]
             return
-        pairs = [self._planner.example(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]  # type: ignore[union-attr, arg-type]
+        pairs = [self.planner.example(row) for row in data.select(range(min(len(data), _CAPACITY_PAIRS)))]  # type: ignore[union-attr, arg-type]
         with self.accelerator.autocast(), self._attention(self._policy):
-            fit = measured_budget(
-                self._policy.train(),
-                lambda part: plan_step(part, sys.maxsize, self.layout, args.backend)[0],
-                pairs,
-            )
+            fit = measured_budget(self._policy.train(), self.planner.whole, pairs)
         args.auto_tokens = int(self.accelerator.gather(torch.tensor([fit], device=args.device)).min())
 
     def fill_reference(self) -> None:
@@ -188,21 +184,25 @@ class PreferenceTrainer(TrainingLoop):
         Of the training data only the pairs that the run comes to. `train` calls this, while the policy is
         what the reference is.
         """
-        if isinstance(self.reference, CachedReference):
-            order: Any = self.get_train_dataloader
-            places = rows_ahead(self.train_dataset, self.args, lambda: order().batch_sampler)
-            self._fill(self.train_dataset, places)
+        # A second call, such as `train`'s after one's own, finds nothing to do, and need not look.
+        asked = self.train_dataset, self.eval_dataset, self.args.max_steps
+        if not isinstance(self.reference, CachedReference) or asked == self._filled_for:
+            return
+        order: Any = self.get_train_dataloader
+        places = rows_ahead(self.train_dataset, self.args, lambda: order().batch_sampler)
+        self._fill(self.train_dataset, places)
         self._fill(self.eval_dataset)
+        self._filled_for = asked
 
     def _fill(self, dataset: Any, places: Sequence[int] | None = None) -> None:
         if dataset is None or not isinstance(self.reference, CachedReference):
             return
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            fill(self.reference, part, places, self._planner, self.accelerator, self.filled)
+            fill(self.reference, part, places, self.planner, self.accelerator, self.filled)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """What the dataloaders read: the columns that a plan needs, without a Python object per token."""
-        return self._planner.rows_of(dataset)
+        return self.planner.rows_of(dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from loss_cases import f64, two_pairs
 
 from dpo_kit.errors import InputError
 from dpo_kit.losses import (
@@ -26,23 +27,13 @@ from dpo_kit.losses.inputs import log1mexp
 OURS = [name for name in loss_names() if get_loss(name).function.__module__.startswith("dpo_kit.")]
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def example(**changes):
     # Pair 0: chosen of 2 tokens (-1, -2), rejected of 1 (-0.5). Pair 1: 1 token (-3) and 2 (-1, -1).
-    fields = {
-        "chosen": f64(-3, -3),
-        "rejected": f64(-0.5, -2),
-        "reference_chosen": f64(-4, -3),
-        "reference_rejected": f64(-0.25, -4),
-        "chosen_lengths": torch.tensor([2, 1]),
-        "rejected_lengths": torch.tensor([1, 2]),
+    tokens = {
         "token_logps": f64(-1, -2, -3, -0.5, -1, -1),
         "token_sequence": torch.tensor([0, 0, 1, 2, 3, 3]),
     }
-    return LogProbs.of_pairs(**(fields | changes))
+    return two_pairs(**(tokens | changes))
 
 
 def random_example(pairs=5, dtype=torch.float64, scale=5.0):

@@ -5,20 +5,13 @@ import math
 
 import pytest
 import torch
+from loss_cases import f64, two_pairs, value
 
 from dpo_kit.errors import InputError
-from dpo_kit.losses import LogProbs, dpo, get_loss, make_objective
+from dpo_kit.losses import LogProbs, dpo, make_objective
 from dpo_kit.losses.unpaired import reward_shift
 
 F64 = torch.float64
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=F64)
-
-
-def value(name, logps, **options):
-    return get_loss(name).function(logps, **options)
 
 
 def softplus(x):
@@ -32,16 +25,13 @@ def sigmoid(x):
 def pairs(**changes):
     # Pair 0: chosen of 2 tokens (-1, -2), rejected of 1 (-0.5). Pair 1: 1 token (-3) and 2 (-1, -1.25).
     fields = {
-        "chosen": f64(-3, -3),
         "rejected": f64(-0.5, -2.25),
         "reference_chosen": f64(-4, -3.5),
         "reference_rejected": f64(-0.25, -4.25),
-        "chosen_lengths": torch.tensor([2, 1]),
-        "rejected_lengths": torch.tensor([1, 2]),
         "token_logps": f64(-1, -2, -3, -0.5, -1, -1.25),
         "token_sequence": torch.tensor([0, 0, 1, 2, 3, 3]),
     }
-    return LogProbs.of_pairs(**(fields | changes))
+    return two_pairs(**(fields | changes))
 
 
 def one_list(policy, scores, reference=None, lengths=None):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from loss_cases import value
 
 from dpo_kit.losses import LogProbs, dpo, get_loss, make_objective
 from dpo_kit.losses.inputs import concatenate
@@ -21,10 +22,6 @@ OPTIONS = {
     "rrhf": [{}, {"per_token": True}],
     "bradley_terry": [{}, {"margin": True, "centring": 0.01}],
 }
-
-
-def value(name, logps, **options):
-    return get_loss(name).function(logps, **options)
 
 
 def made(shape, dtype=F64, scale=3.0, examples=4, labels=None, tokens=None, seed=5):

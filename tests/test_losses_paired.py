@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from loss_cases import f64, two_pairs, value
 
 from dpo_kit.errors import InputError
 from dpo_kit.losses import LogProbs, get_loss, loss_names, make_objective
@@ -14,23 +15,8 @@ FAMILIES = ("logistic", "surrogates", "regression", "anchored", "offsets", "dive
 NAMES = [name for name in loss_names() if get_loss(name).family in FAMILIES]
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def example(**changes):
-    """Two pairs. Log-ratios: chosen 1 and 0, rejected -0.25 and 2, so the margins are 1.25 and -2."""
-    fields = {
-        "chosen": f64(-3, -3),
-        "rejected": f64(-0.5, -2),
-        "reference_chosen": f64(-4, -3),
-        "reference_rejected": f64(-0.25, -4),
-        "chosen_lengths": torch.tensor([2, 1]),
-        "rejected_lengths": torch.tensor([1, 2]),
-        "margins": f64(4, 0),
-        "running": f64(0.5)[0],
-    }
-    return LogProbs.of_pairs(**(fields | changes))
+    return two_pairs(**({"margins": f64(4, 0), "running": f64(0.5)[0]} | changes))
 
 
 def swapped(given):
@@ -40,10 +26,6 @@ def swapped(given):
         reference_chosen=given.reference_rejected,
         reference_rejected=given.reference_chosen,
     )
-
-
-def value(name, logps, **options):
-    return get_loss(name).function(logps, **options)
 
 
 def random_example(pairs=5):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import make_model
 
 from dpo_kit.losses import LogProbs, make_objective
 from dpo_kit.tokenizer import train_byte_level_bpe
@@ -23,18 +23,8 @@ def tokenizer():
 
 
 def tiny_llama(seed):
-    torch.manual_seed(seed)
     # Weights large enough for log-ratios of some nats between two of them.
-    config = LlamaConfig(
-        vocab_size=280,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_model("llama", seed=seed, vocab_size=280, initializer_range=0.5).eval()
 
 
 def trls_loss(tokenizer, folder, **options):

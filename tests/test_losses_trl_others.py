@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
+from loss_cases import value
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -24,10 +25,6 @@ pytest.importorskip("trl", reason="trl is not installed (the ppo extra)")
 
 VOCABULARY = 61
 COMMON = {"bf16": False, "use_cpu": True, "report_to": "none"}
-
-
-def value(name, logps, **options):
-    return get_loss(name).function(logps, **options)
 
 
 def close(ours, theirs):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_files import error_of, write
 
-from dpo_kit.errors import InputError
 from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
 from dpo_kit.pairs.canonical import canonical_pair
 from dpo_kit.pairs.formats import ASSISTANT, FORMATS, HUMAN, split_hh
@@ -22,19 +22,6 @@ ASK = [{"role": "user", "content": "Name a city."}]
 PARIS = [{"role": "assistant", "content": "Paris"}]
 LONDON = [{"role": "assistant", "content": "London"}]
 MESSAGE_ROW = {"prompt": ASK, "chosen": PARIS, "rejected": LONDON}
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def error_of(sources: Any, **settings: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        load_pairs(sources, **settings)
-    assert caught.value.exit_status == 2
-    return caught.value
 
 
 def parts(row: dict) -> tuple:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from pair_files import error_of, write
 
-from dpo_kit.errors import InputError
-from dpo_kit.pairs import load_pairs, read_pairs
+from dpo_kit.pairs import read_pairs
 from dpo_kit.pairs.formats import ASSISTANT, FORMATS, HUMAN
 from dpo_kit.pairs.schema import BadRow, UnusablePair
 
@@ -20,19 +20,6 @@ ASK = [{"role": "user", "content": "Name a city."}]
 LONDON = [{"role": "assistant", "content": "London"}]
 MESSAGE_ROW = {"prompt": ASK, "chosen": [{"role": "assistant", "content": "Paris"}], "rejected": LONDON}
 HH = {"chosen": f"{HUMAN} Hi{ASSISTANT} Ho", "rejected": f"{HUMAN} Hi{ASSISTANT} Hu"}
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def error_of(sources: Any, **settings: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        load_pairs(sources, **settings)
-    assert caught.value.exit_status == 2
-    return caught.value
 
 
 def turn(role: str, content: str | None, **extras: Any) -> dict:

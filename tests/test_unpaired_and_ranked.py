@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from pair_files import error_of, write
 
-from dpo_kit.errors import InputError
 from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
 from dpo_kit.pairs.formats import FORMATS
 
@@ -22,18 +22,6 @@ LONDON = [{"role": "assistant", "content": "London"}]
 TEXT = {"prompt": "Name a city.", "completion": " Paris", "label": True}
 LIST = {"prompt": "Name a city.", "completions": [" Paris", " London", " Rome"], "scores": [0.5, 2, -1]}
 PAIR = {"prompt": "Name a city.", "chosen": " Paris", "rejected": " London"}
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def error_of(sources: Any, **options: Any) -> InputError:
-    with pytest.raises(InputError) as caught:
-        load_pairs(sources, **options)
-    return caught.value
 
 
 @pytest.fixture

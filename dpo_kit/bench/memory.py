@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from dpo_kit.capacity import free_bytes
 from dpo_kit.examples import Example
 from dpo_kit.host_memory import release_freed_memory
-from dpo_kit.packing import MicroBatch, cut_step, plan_step
+from dpo_kit.packing import cut_step
 from dpo_kit.run_folder import peak_memory_bytes
 from dpo_kit.trainer import PreferenceTrainer
 
@@ -195,21 +194,14 @@ def what_fits(
     }
 
 
-def _planned(trainer: PreferenceTrainer, pairs: Sequence[Example]) -> list[MicroBatch]:
-    """All pairs in one micro-batch."""
-    keys = trainer.reference.needs_keys
-    return plan_step(pairs, sys.maxsize, trainer.layout, trainer.args.backend, with_keys=keys)
-
-
 def _area(trainer: PreferenceTrainer, pairs: Sequence[Example]) -> int:
     """Tokens of pairs in one micro-batch, padding included."""
-    (batch,) = _planned(trainer, pairs)
-    return batch.input_ids.numel()
+    return trainer.planner.whole(pairs).input_ids.numel()
 
 
 def _rise(trainer: PreferenceTrainer, memory: MemoryMeter, pairs: Sequence[Example]) -> int:
     """Bytes that forward and backward of one micro-batch take beyond what is held before."""
-    planned = {"micro_batches": _planned(trainer, pairs)}
+    planned = {"micro_batches": [trainer.planner.whole(pairs)]}
     memory.release()
     memory.reset_peak()
     before = memory.now()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# What an example is: a prompt with two replies, with one, or with several that are ranked.
-Shape = Literal["pairs", "unpaired", "lists"]
+from dpo_kit.shapes import Shape
 
 
 @dataclass(frozen=True)

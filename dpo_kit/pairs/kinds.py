@@ -9,20 +9,22 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_kit.shapes import Shape
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One kind of canonical rows; to be compared by value, since worker processes get copies.
 
     Attributes:
-        name: what `dpo_kit.losses` calls the shape.
+        name: what losses call the shape.
         rows: what several of them are called in messages.
         replies: the columns that hold replies, beside the prompt.
         judgement: the column that says how good they are, where the replies' columns do not.
         extras: optional columns.
     """
 
-    name: str
+    name: Shape
     rows: str
     replies: tuple[str, ...]
     judgement: str | None
@@ -32,6 +34,11 @@ class Kind:
     def columns(self) -> tuple[str, ...]:
         """All that every row has but `source`."""
         return ("prompt", *self.replies, *((self.judgement,) if self.judgement else ()))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The columns that hold the replies once they are tokenised."""
+        return tuple(f"{name}_ids" for name in self.replies)
 
     def parts(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row's replies by their place in it: `chosen`, `completion`, `completions[0]`, ..."""
@@ -50,3 +57,8 @@ KINDS_OF_ROWS = (PAIRS, UNPAIRED, LISTS)
 def kind_of_columns(columns: Container[str]) -> Kind | None:
     """The kind whose columns are all there (the first, if of several); None where there is none."""
     return next((kind for kind in KINDS_OF_ROWS if all(name in columns for name in kind.columns)), None)
+
+
+def kind_of_ids(columns: Container[str]) -> Kind | None:
+    """The kind of tokenised rows, by their first reply: of pairs the rejected one may be left out."""
+    return next((kind for kind in KINDS_OF_ROWS if kind.ids[0] in columns), None)

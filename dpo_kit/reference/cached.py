@@ -232,7 +232,7 @@ def _rank_of(example: Example, ranks: int) -> int:
 def _keys_of(batch: MicroBatch) -> npt.NDArray[np.uint8]:
     if batch.keys is None:
         raise ValueError("a cached reference needs micro-batches with keys: plan_step(..., with_keys=True)")
-    return batch.keys.cpu().numpy()
+    return batch.keys.numpy()
 
 
 def _shard_of(batch: MicroBatch, scored: SequenceLogProbs) -> Shard:

@@ -62,6 +62,25 @@ def make_reference(
     Raises:
         InputError: an unknown mode, or one that does not go with the objective or the policy.
     """
+    _check_mode(mode, needed, given)
+    if mode == "none" or (mode == "auto" and not needed):
+        return NoReference()
+    if given is not None and not isinstance(given, (nn.Module, str, Path)):
+        return given if isinstance(given, _OURS) else GivenReference(given)
+    if mode == "auto":
+        mode = _best_mode(policy, given, cacheable)
+    if mode == "cached":
+        if needed and not cacheable:
+            raise InputError(
+                "the loss compares whole distributions with the reference's, and these are not kept",
+                field="reference.mode",
+                mend="Set it to auto or live.",
+            )
+        return _cached(policy, given, ReferenceCache(cache_dir), tokens, autocast)
+    return _in_memory(mode, policy, given, adapter, update_every, update_weight)
+
+
+def _check_mode(mode: str, needed: bool, given: Any) -> None:
     known = get_args(ReferenceMode)
     if mode not in known:
         raise InputError(
@@ -80,21 +99,6 @@ def make_reference(
             mend="Leave reference.path and ref_model out"
             + ("." if mode == "none" else ", or set it to live or cached."),
         )
-    if mode == "none" or (mode == "auto" and not needed):
-        return NoReference()
-    if given is not None and not isinstance(given, (nn.Module, str, Path)):
-        return given if isinstance(given, _OURS) else GivenReference(given)
-    if mode == "auto":
-        mode = _best_mode(policy, given, cacheable)
-    if mode == "cached":
-        if needed and not cacheable:
-            raise InputError(
-                "the loss compares whole distributions with the reference's, and these are not kept",
-                field="reference.mode",
-                mend="Set it to auto or live.",
-            )
-        return _cached(policy, given, ReferenceCache(cache_dir), tokens, autocast)
-    return _in_memory(mode, policy, given, adapter, update_every, update_weight)
 
 
 def _best_mode(policy: nn.Module, given: Any, cacheable: bool) -> str:

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_kit.cache_folder import cache_folder
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.fingerprint import read_fields
 from dpo_kit.reference.lookup import Lookup
 from dpo_kit.reference.shards import (
     DAMAGED,
@@ -169,7 +170,7 @@ class ModelStore:
 
     def summary(self) -> ModelSummary:
         """What is kept, by the shards' keys alone."""
-        about, files = _read_json(self.folder / _ABOUT), _files(self.folder)
+        about, files = read_fields(self.folder / _ABOUT), _files(self.folder)
         return ModelSummary(
             key=self.folder.name,
             name=str(about.get("name") or about.get("class") or "unknown"),
@@ -231,7 +232,7 @@ class ReferenceCache:
 
     def known_key(self, files_key: str) -> str | None:
         """The model key of a model in files, where it was loaded before."""
-        key = str(_read_json(self._place(files_key)).get("model"))
+        key = str(read_fields(self._place(files_key)).get("model"))
         return key if _KEY.fullmatch(key) else None
 
     def remember(self, files_key: str, key: str) -> None:
@@ -379,15 +380,6 @@ def _written_ns(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime_ns
     return 0
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that is whole."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _iso(seconds: float) -> str:
