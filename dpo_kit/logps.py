@@ -13,7 +13,7 @@ import torch
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import score_pairs
 from dpo_kit.models import check_length, load_model
-from dpo_kit.pairs import load_with_report
+from dpo_kit.pairs import LoadOptions, load_with_report
 from dpo_kit.pairs.kinds import PAIRS, kind_of_columns
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def write_logps(
         raise InputError("this is a folder", file=out, field="--out", mend="Name a file, e.g. logps.parquet.")
     if not out.parent.is_dir():
         raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
-    rows, report = load_with_report(sources, format=format, invalid=invalid)  # type: ignore[arg-type]
+    rows, report = load_with_report(sources, LoadOptions.of(format=format, invalid=invalid))
     say(report.summary())
     kind = kind_of_columns(rows.column_names)
     if kind != PAIRS:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
+from dpo_kit.pairs import LoadOptions
 from dpo_kit.yaml_file import apply_override, read_yaml
 
 
@@ -61,7 +62,18 @@ class DataSection(Section):
     train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
     eval: list[str] = Field(default_factory=list, description="held-out pairs")
     format: str = Field("auto", description="shape of the rows; auto looks at them")
+    mapping: dict[str, Any] | None = Field(None, description="a shape of one's own: field: path into the row")
+    judgement: str | None = Field(None, description="which counts, where rows have several; None: the first")
     invalid: Literal["error", "drop"] = Field("error", description="rows that cannot be trained on")
+    shape: Literal["auto", "pairs", "unpaired", "lists"] = Field(
+        "auto", description="what is made of the rows; auto: what the loss learns from"
+    )
+    pairs: str = Field("all", description="of a ranked list: all, best_worst, adjacent or random:k")
+    ties: Literal["drop", "half"] = Field("drop", description="half: a pair each way, of half the weight")
+    votes: Literal["majority", "share"] = Field("majority", description="share: a pair each way by the votes")
+    min_margin: float | None = Field(None, description="least difference of scores, else of ranks or votes")
+    weights: Literal["given", "margin", "agreement"] = Field("given", description="of pairs")
+    seed: int = Field(0, description="for random:k")
     max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
     overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
         "drop", description="beyond it"
@@ -159,6 +171,14 @@ class Recipe(Section):
                 error.problem, file=file, line=_line(key, lines), field=error.field, mend=error.mend
             ) from None
         return recipe
+
+    def load_options(self) -> LoadOptions:
+        """How the data's rows are read, and what is made of them: what the loss learns from, if not said."""
+        options = {field.name: getattr(self.data, field.name) for field in dataclasses.fields(LoadOptions)}
+        wanted = {spec.shape for spec, _, _ in make_objective(self.loss).terms}
+        if options["shape"] == "auto" and wanted == {"lists"}:
+            options["shape"] = "lists"
+        return LoadOptions(**options)
 
     def training_config(self, **changes: Any) -> PreferenceConfig:
         """The settings of the trainer."""

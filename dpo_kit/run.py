@@ -156,9 +156,10 @@ def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
     sources = getattr(recipe.data, split)
     if not sources:
         return None
-    rows, report = load_with_report(sources, format=recipe.data.format, invalid=recipe.data.invalid)
-    say(f"{split}: {report.kept} of {report.read} pairs")
-    if report.kept < report.read:
+    rows, report = load_with_report(sources, recipe.load_options())
+    assert report.kind is not None
+    say(f"{split}: {report.made} {report.kind.rows} of {report.kept} of {report.read} rows")
+    if report.problems:
         say(report.summary())
     return rows
 

@@ -167,18 +167,11 @@ def test_logps_equal_full_logits(tmp_path, model_folder):
         assert table["chosen_tokens"][i].as_py() == len(pair.chosen)
 
 
-@pytest.mark.parametrize(
-    ("row", "kind"),
-    [
-        ({"prompt": "a", "completion": " b", "label": True}, "unpaired rows"),
-        ({"prompt": "a", "completions": [" b", " c"], "scores": [1, 2]}, "ranked lists"),
-    ],
-)
-def test_logps_are_of_pairs(tmp_path, capsys, row, kind):
-    data = write_rows(tmp_path / "rows.jsonl", [row])
+def test_logps_are_of_pairs(tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b", "label": True}])
     assert run("logps", tmp_path / "no-model", data, "--out", tmp_path / "out.parquet") != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"field 'SOURCES': log-probs are computed of pairs, and these are {kind}. Give rows with" in said
+    assert f"field 'SOURCES': log-probs are computed of pairs, and these are unpaired rows. Give rows" in said
 
 
 def test_inspect_speaks_json(tmp_path, capsys):

@@ -14,7 +14,8 @@ from pair_files import error_of, write
 
 from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
 from dpo_kit.pairs.canonical import canonical_pair
-from dpo_kit.pairs.formats import ASSISTANT, FORMATS, HUMAN, split_hh
+from dpo_kit.pairs.formats import FORMATS
+from dpo_kit.pairs.formats.dialogues import ASSISTANT, HUMAN, split_hh
 from dpo_kit.pairs.schema import Place
 
 TEXT_ROW = {"prompt": "Name a city.", "chosen": " Paris", "rejected": " London"}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pair_files import error_of, write
 
 from dpo_kit.pairs import read_pairs
-from dpo_kit.pairs.formats import ASSISTANT, FORMATS, HUMAN
+from dpo_kit.pairs.formats import FORMATS
+from dpo_kit.pairs.formats.dialogues import ASSISTANT, HUMAN
 from dpo_kit.pairs.schema import BadRow, UnusablePair
 
 TEXT_ROW = {"prompt": "Name a city.", "chosen": " Paris", "rejected": " London"}
@@ -149,8 +150,10 @@ def damaged_rows(draw: st.DrawFn) -> tuple[str, dict]:
 def test_damaged_rows_are_loaded_right_or_refused(damaged: tuple[str, dict]) -> None:
     name, row = damaged
     try:
-        loaded = FORMATS[name].canonical(row)
-    except (BadRow, UnusablePair):
+        (loaded,) = FORMATS[name].canonical(row, FORMATS[name].convert)
+    except BadRow:
+        return
+    if isinstance(loaded, UnusablePair):
         return
     event(f"loaded {name}")
     replies = FORMATS[name].kind.parts(loaded)
@@ -186,5 +189,4 @@ def check_judgement(kind: str, loaded: dict, row: dict) -> None:
         scores = row.get("scores") or [-rank for rank in row["ranks"]]
         assert loaded["scores"] == scores
         assert len(scores) == len(loaded["completions"]) >= 2
-        assert len(set(scores)) > 1
         assert len({str(reply) for reply in loaded["completions"]}) > 1

@@ -64,7 +64,7 @@ def test_unpaired_messages(file: Path, row: dict) -> None:
 
 def test_scores_stay_and_ranks_become_scores(file: Path) -> None:
     ranked = {**LIST, "scores": None, "ranks": [2, 1, 2]}
-    data = load_pairs(write(file, LIST, ranked, {**LIST, "prompt_id": "x", "weight": 0}))
+    data = load_pairs(write(file, LIST, ranked, {**LIST, "prompt_id": "x", "weight": 0}), shape="lists")
     assert data.column_names == ["prompt", "completions", "scores", "weight", "prompt_id", "source"]
     assert data.features["scores"] == datasets.List(datasets.Value("float64"))
     assert data["scores"][:] == [[0.5, 2.0, -1.0], [-2.0, -1.0, -2.0], [0.5, 2.0, -1.0]]
@@ -73,7 +73,7 @@ def test_scores_stay_and_ranks_become_scores(file: Path) -> None:
 
 def test_list_of_messages(file: Path) -> None:
     row = {"prompt": ASK, "completions": [PARIS, ASK + LONDON, PARIS], "ranks": [1, 3, 2]}
-    data = load_pairs(write(file, row))
+    data = load_pairs(write(file, row), shape="lists")
     assert data[0] == {
         "prompt": ASK,
         "completions": [PARIS, LONDON, PARIS],
@@ -84,7 +84,7 @@ def test_list_of_messages(file: Path) -> None:
 
 def test_parquet_and_csv(tmp_path: Path) -> None:
     pa.parquet.write_table(pa.Table.from_pylist([LIST] * 2), tmp_path / "a.parquet")
-    assert load_pairs(tmp_path / "a.parquet")["scores"][:] == [[0.5, 2.0, -1.0]] * 2
+    assert load_pairs(tmp_path / "a.parquet", shape="lists")["scores"][:] == [[0.5, 2.0, -1.0]] * 2
     (tmp_path / "a.csv").write_text('prompt,completion,label\nHi,"a, b",True\nHi,b,0\nHi,c,false\nHi,d,1\n')
     assert load_pairs(tmp_path / "a.csv")["label"][:] == [True, False, False, True]
     (tmp_path / "b.csv").write_text("prompt,completion,label\nHi,a,True\nHi,b,\n")
@@ -100,7 +100,7 @@ def test_a_format_of_ones_own_names_its_kind(file: Path) -> None:
     try:
         register_format("mine", convert, fields=["q", "answers", "order"], kind="lists")
         row = {"q": "Name a city.", "answers": ["Paris", "Mud"], "order": [1, 2], "weight": 3}
-        (loaded,), report = read_pairs(write(file, row))
+        (loaded,), report = read_pairs(write(file, row), shape="lists")
         assert (loaded["scores"], loaded["weight"]) == ([-1.0, -2.0], 3.0)
         assert report.sources[0].unused_columns == []
         with pytest.raises(ValueError, match="unknown kind 'triples'"):
@@ -165,8 +165,6 @@ UNUSABLE = [
     ("identical", "completions", LIST, {**LIST, "completions": ["a", "a", "a"]}),
     ("identical", "completions", LIST, {**LIST, "completions": ["a"], "scores": [1]}),
     ("identical", "completions", LIST, {**LIST, "completions": [], "scores": []}),
-    ("all_tied", "scores", LIST, {**LIST, "scores": [2, 2.0, 2]}),
-    ("all_tied", "ranks", LIST, {**LIST, "scores": None, "ranks": [1, 1, 1]}),
     (
         "prompts_differ",
         "completions[1]",
@@ -181,12 +179,21 @@ def test_unusable_rows_stop_the_loading_or_are_counted(
     file: Path, kind: str, field: str, good: dict, bad: dict
 ) -> None:
     write(file, good, bad, good, bad)
+    shape = "lists" if "completions" in good else "auto"
     error = error_of(file)
     assert (error.line, error.field) == (2, field)
     assert f"2 of 4 rows cannot be used: {kind} 2 ({file}:2, :4)" in str(error)
-    data = load_pairs(file, invalid="drop")
+    data = load_pairs(file, invalid="drop", shape=shape)
     assert data["source"][:] == [f"{file}:1", f"{file}:3"]
-    assert inspect_pairs(file).counts == {kind: 2}
+    assert inspect_pairs(file, shape=shape).counts == {kind: 2}
+
+
+@pytest.mark.parametrize("tied", [{"scores": [2, 2.0, 2]}, {"scores": None, "ranks": [1, 1, 1]}])
+def test_lists_of_equally_good_replies_are_left_out_counted(file: Path, tied: dict) -> None:
+    write(file, LIST, {**LIST, **tied})
+    assert len(load_pairs(file, shape="lists")) == 1
+    assert inspect_pairs(file, shape="lists").counts == {"all_tied": 1}
+    assert inspect_pairs(file).counts == {"tie": 3}
 
 
 def test_kinds_do_not_mix(tmp_path: Path) -> None:
@@ -199,7 +206,10 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
         ("ranked lists", "pairs"),
         ("unpaired rows", "ranked lists"),
     ):
-        said = str(error_of([files[first], files[second]]))
+        shape = {"shape": "lists"} if "ranked lists" in (first, second) else {}
+        if "unpaired rows" in (first, second) and shape:
+            continue  # which become lists too
+        said = str(error_of([files[first], files[second]], **shape))
         assert f"{files[first]}:1 is of the {first}, {files[second]}:1 of the {second}" in said
     error = error_of(write(tmp_path / "a.jsonl", PAIR, TEXT))
     assert (error.line, error.field) == (2, "chosen")
@@ -229,7 +239,7 @@ def test_statistics_by_hand(file: Path) -> None:
     }
     assert "labels: 3 desirable, 1 undesirable" in report.summary()
     lists = [("p", ["a", "bbb"], [0, 1]), ("p", ["cc", "d", "e"], [1, 1, 0]), ("p", ["a", "bbb"], [0, 1])]
-    report = inspect_pairs(write(file, *(dict(zip(LIST, row, strict=True)) for row in lists)))
+    report = inspect_pairs(write(file, *(dict(zip(LIST, row, strict=True)) for row in lists)), shape="lists")
     told = json.loads(json.dumps(report.to_dict()))
     assert told["kind"] == "lists"
     assert told["statistics"] == {

@@ -102,7 +102,8 @@ def test_unpaired_ids(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_list_ids(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     data = load_pairs(
-        write(file, {**LIST, "prompt_id": 3}, {**LIST, "completions": [" a", " b"], "scores": [0, 1]})
+        write(file, {**LIST, "prompt_id": 3}, {**LIST, "completions": [" a", " b"], "scores": [0, 1]}),
+        shape="lists",
     )
     result = tokenize_pairs(data, tokenizer)
     assert result.dataset.features == datasets.Features(
@@ -261,7 +262,7 @@ def test_longest_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_from_file_to_rows(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"prompt": ASK, "completions": [PARIS, LONDON], "ranks": [2, 1]}
-    rows = TokenRows(tokenize_pairs(load_pairs(write(file, row)), tokenizer).dataset)
+    rows = TokenRows(tokenize_pairs(load_pairs(write(file, row), shape="lists"), tokenizer).dataset)
     (loaded,) = rows.__getitems__([0])
     assert [tokenizer.decode(ids) for ids in loaded["completions_ids"]] == [
         "Paris<|endoftext|>",

@@ -2,9 +2,9 @@
 
 A canonical row is a dict with a `prompt` and its replies: all text, or all lists of {role, content} messages
 (each reply one assistant message). Of a pair they are `chosen` and `rejected`; an unpaired row has one
-`completion` and its `label` (bool: desirable or not); a ranked list has `completions` and their `scores`
-(floats, higher is better). The optional columns of a kind are its `Kind.extras`. What a field must be is
-in `schema`.
+`completion` and its `label` (bool: desirable or not), a scored one its `score`; a ranked list has
+`completions` and their `scores` (floats, higher is better; beside them `ranks`, where it came with these).
+The optional columns of a kind are its `Kind.extras`. What a field must be is in `schema`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED, Kind
+from dpo_kit.pairs.kinds import LISTS, PAIRS, SCORED, UNPAIRED, Kind
 from dpo_kit.pairs.schema import (
     BadRow,
     UnusablePair,
     checked_extras,
     checked_label,
     checked_scores,
+    finite,
     kind_of,
     need,
     plain_text,
@@ -55,14 +56,26 @@ def canonical_pair(row: Mapping[str, Any], prompt_field: str = "prompt") -> dict
 
 
 def _unpaired(row: Mapping[str, Any], prompt_field: str) -> dict[str, Any]:
+    return _one_reply(row, prompt_field, UNPAIRED, checked_label)
+
+
+def _scored(row: Mapping[str, Any], prompt_field: str) -> dict[str, Any]:
+    return _one_reply(row, prompt_field, SCORED, lambda score: finite(score, "score"))
+
+
+def _one_reply(
+    row: Mapping[str, Any], prompt_field: str, kind: Kind, checked: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """A row of a kind with one completion and a judgement of it."""
+    assert kind.judgement is not None
     # Where the source has a whole conversation, its field is prompt and completion in one.
     field = "completion" if "prompt" in row or prompt_field == "prompt" else prompt_field
     replies = {field: text_or_messages(need(row, "completion"), field)}
     prompt = _prompt(row, prompt_field)
-    label = checked_label(need(row, "label"))
-    extras = checked_extras(row, UNPAIRED)
+    judgement = checked(need(row, kind.judgement))
+    extras = checked_extras(row, kind)
     prompt, (completion,) = _prompt_and_replies(prompt, replies, prompt_field)
-    return {"prompt": prompt, "completion": completion, "label": label, **extras}
+    return {"prompt": prompt, "completion": completion, kind.judgement: judgement, **extras}
 
 
 def _list(row: Mapping[str, Any], prompt_field: str) -> dict[str, Any]:
@@ -87,15 +100,15 @@ def _list(row: Mapping[str, Any], prompt_field: str) -> dict[str, Any]:
     prompt, completions = _prompt_and_replies(prompt, replies, prompt_field)
     if all(reply == completions[0] for reply in completions):
         raise too_few
-    if len(set(scores)) < 2:
-        raise UnusablePair("all_tied", field="scores" if row.get("scores") is not None else "ranks")
-    return {"prompt": prompt, "completions": completions, "scores": scores, **extras}
+    ranks = {} if row.get("ranks") is None else {"ranks": row["ranks"]}
+    return {"prompt": prompt, "completions": completions, "scores": scores, **ranks, **extras}
 
 
 _CHECKS: dict[str, Callable[[Mapping[str, Any], str], dict[str, Any]]] = {
     PAIRS.name: canonical_pair,
     UNPAIRED.name: _unpaired,
     LISTS.name: _list,
+    SCORED.name: _scored,
 }
 
 

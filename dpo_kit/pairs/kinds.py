@@ -1,4 +1,4 @@
-"""The three kinds of canonical rows: which columns hold the replies, and what the data says of them.
+"""The kinds of canonical rows: which columns hold the replies, and what the data says of them.
 
 Only names; `canonical` checks rows of each kind, `formats` knows how they lie on disk.
 """
@@ -47,10 +47,13 @@ class Kind:
         return {f"completions[{i}]": reply for i, reply in enumerate(row["completions"])}
 
 
-_EXTRAS = ("weight", "prompt_id", "tools")
-PAIRS = Kind("pairs", "pairs", ("chosen", "rejected"), None, ("margin", *_EXTRAS))
+_EXTRAS = ("weight", "prompt_id", "tools", "chat_template_kwargs")
+RANKS = ("chosen_rank", "rejected_rank")
+PAIRS = Kind("pairs", "pairs", ("chosen", "rejected"), None, ("margin", *RANKS, *_EXTRAS))
 UNPAIRED = Kind("unpaired", "unpaired rows", ("completion",), "label", _EXTRAS)
 LISTS = Kind("lists", "ranked lists", ("completions",), "scores", _EXTRAS)
+# Never loaded as such: the scored replies of a prompt are put together to a list.
+SCORED = Kind("scored", "scored replies", ("completion",), "score", _EXTRAS)  # type: ignore[arg-type]
 KINDS_OF_ROWS = (PAIRS, UNPAIRED, LISTS)
 
 

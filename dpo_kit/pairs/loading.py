@@ -1,4 +1,4 @@
-"""Sources -> canonical rows: every row through its format's adapter, every row accounted for.
+"""Sources -> canonical rows: each by its format, as the options say, and accounted for.
 
 `read_pairs` gives plain dicts and the report, `load_pairs` the same rows as a `datasets.Dataset`.
 """
@@ -7,28 +7,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.choosing import kind_made, made_of
 from dpo_kit.pairs.formats import Format, detected_format, named_format
-from dpo_kit.pairs.kinds import Kind
-from dpo_kit.pairs.schema import KINDS, BadRow, Place, UnusablePair
+from dpo_kit.pairs.grouping import Placed, group_by_prompt, is_grouped
+from dpo_kit.pairs.kinds import LISTS, RANKS, Kind
+from dpo_kit.pairs.options import LoadOptions
+from dpo_kit.pairs.reading import RawRow
+from dpo_kit.pairs.schema import BadRow, UnusablePair
 from dpo_kit.pairs.sources import Source, find_sources
-from dpo_kit.pairs.tally import PairsReport, Problem, SourceReport
+from dpo_kit.pairs.tally import PairsReport, SourceReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Sources = str | Path | Sequence[str | Path]
-Invalid = Literal["error", "drop"]
 
 _log = logging.getLogger("dpo_kit.pairs")
 _BATCH_ROWS = 1000
 
 
-def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "error") -> Dataset:
+def load_pairs(sources: Sources, *, format: str = "auto", invalid: str = "error", **options: Any) -> Dataset:
     """Preference pairs, unpaired rows or ranked lists as a `datasets.Dataset` of canonical rows.
 
     Parameters
@@ -38,6 +41,7 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "er
     format: the shape of the rows; `auto` finds it from each source's first row.
     invalid: what becomes of rows that are well formed but unusable (`schema.KINDS`): `error` raises one
         `InputError` that counts them all; `drop` leaves them out and logs one warning that does.
+    options: the other fields of `LoadOptions`: which judgement counts, what is made of lists, votes, ties.
 
     Returns
     -------
@@ -45,28 +49,28 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: Invalid = "er
 
     - pairs: `prompt`, `chosen`, `rejected`;
     - unpaired rows: `prompt`, `completion`, `label` (bool, true where the completion is desirable);
-    - ranked lists: `prompt`, `completions` (list), `scores` (list of float64, higher is better, not all
-      equal; ranks are turned into scores by their sign).
+    - ranked lists (with shape="lists"): `prompt`, `completions` (list), `scores` (list of float64, higher is
+      better, not all equal; ranks are turned into scores by their sign).
 
     And `source`, where a person finds the row (`file:line`, `file:line (row N)` or `file:row N`); and those
-    of `margin` (float64, score of chosen minus score of rejected; of pairs only), `weight` (float64, not
-    below 0), `prompt_id`, `tools` (JSON text) that any row has, null in the others.
+    of `margin` (float64, score of chosen minus score of rejected; of pairs only), `chosen_rank` and
+    `rejected_rank` (int64, 1 is best; of pairs only), `weight` (float64, not below 0), `prompt_id` (the same
+    for all pairs of one list), `tools`, `chat_template_kwargs` (JSON text) that any row has, null in the
+    others.
 
     Raises `InputError` for anything else that is wrong with the sources, whatever `invalid` says: among it
     rows of more than one kind, and texts beside messages.
     """
-    return load_with_report(sources, format=format, invalid=invalid)[0]
+    return load_with_report(sources, LoadOptions.of(format=format, invalid=invalid, **options))[0]
 
 
-def load_with_report(
-    sources: Sources, *, format: str = "auto", invalid: Invalid = "error"
-) -> tuple[Dataset, PairsReport]:
+def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> tuple[Dataset, PairsReport]:  # noqa: B008
     """What `load_pairs` loads, and the account of the loading. Raises as `load_pairs` does."""
     import pyarrow
     from datasets import Dataset
 
     report = PairsReport()
-    usable = _usable(sources, format, invalid, report)
+    usable = _usable(sources, options, report)
     first = next(usable)
     assert report.kind is not None
     schema = _arrow_schema(report.kind, messages=not isinstance(first["prompt"], str))
@@ -79,30 +83,35 @@ def load_with_report(
 
 
 def read_pairs(
-    sources: Sources, *, format: str = "auto", invalid: Invalid = "error"
+    sources: Sources, *, format: str = "auto", invalid: str = "error", **options: Any
 ) -> tuple[list[dict[str, Any]], PairsReport]:
     """What `load_pairs` loads, as plain dicts, and the account of the loading.
 
     The dicts have only those optional keys that their own row has. Raises as `load_pairs` does.
     """
     report = PairsReport()
-    return list(_usable(sources, format, invalid, report)), report
+    loading = LoadOptions.of(format=format, invalid=invalid, **options)
+    return list(_usable(sources, loading, report)), report
 
 
-def stream_rows(sources: Sources, format: str, report: PairsReport) -> Iterator[dict[str, Any]]:
+def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
     """The usable rows one by one, all else going into the report.
 
     Raises `InputError` for trouble with structure only, at its place in the stream.
     """
-    forced = None if format == "auto" else named_format(format)
+    forced = _forced_format(options)
     found, report.ignored = find_sources(sources)
     first: dict[str, Any] | None = None
     for source in found:
-        for row, kind in _rows_of_source(source, forced, report):
+        for row, kind in _rows_of_source(source, forced, options, report):
             if first is None:
                 first, report.kind = row, kind
             _require_alike(first, report.kind, row, kind, source)
             yield row
+
+
+def _forced_format(options: LoadOptions) -> Format | None:
+    return None if options.format == "auto" else named_format(options.format)
 
 
 def _require_alike(
@@ -125,46 +134,61 @@ def _require_alike(
         )
 
 
-def _usable(sources: Sources, format: str, invalid: Invalid, report: PairsReport) -> Iterator[dict[str, Any]]:
-    """At least one row, once the policy on unusable ones is met; the end of the stream is the moment."""
-    if invalid not in ("error", "drop"):
-        raise InputError(f"unknown policy '{invalid}'", field="invalid", mend="Known policies: error, drop")
-    yield from stream_rows(sources, format, report)
-    if report.problems and (invalid == "error" or not report.kept):
-        raise report.as_error(dropped=invalid == "drop")
-    if report.problems:
-        _log.warning("left out: %s", report.left_out())
+def _usable(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
+    """At least one row; whether unusable ones stop the loading is known at the end of the stream."""
+    yield from stream_rows(sources, options, report)
+    if not report.problems:
+        return
+    if not report.made or (options.invalid == "error" and report.unusable):
+        raise report.as_error(dropped=options.invalid == "drop")
+    _log.warning("left out: %s", report.left_out())
 
 
 def _rows_of_source(
-    source: Source, form: Format | None, report: PairsReport
+    source: Source, form: Format | None, options: LoadOptions, report: PairsReport
 ) -> Iterator[tuple[dict[str, Any], Kind]]:
     account = SourceReport(source.name, form.name if form else "auto")
     report.sources.append(account)
+    raw = source.rows()
+    first = next(raw, None)
+    if first is None:
+        raise InputError("there is no row in it", file=source.name)
+    form = form or detected_format(*first)
+    account.format = form.name
+    checked, kind = _checked(chain((first,), raw), form, options, report), form.kind
+    if is_grouped(kind, options):
+        checked, kind = group_by_prompt(checked, kind, report), LISTS
+    kept = None
+    for row, places in checked:
+        made, left_out = made_of(row, kind, options)
+        for problem in left_out:
+            report.leave_out(problem, places[0])
+        if made and places != kept:
+            account.kept, kept = account.kept + len(places), places
+        account.made += len(made)
+        for each in made:
+            yield {**each, "source": str(places[0])}, kind_made(kind, options)
+
+
+def _checked(
+    rows: Iterator[RawRow], form: Format, options: LoadOptions, report: PairsReport
+) -> Iterator[Placed]:
+    """Rows as they lie on disk -> what is canonical in them, and where it stands."""
+    account = report.sources[-1]
+    convert = form.adapter(options.judgement)
     columns: dict[str, None] = {}
-    for row, place in source.rows():
-        if form is None:
-            form = detected_format(row, place)
-            account.format = form.name
+    for row, place in rows:
         columns.update(dict.fromkeys(row))
         account.read += 1
-        usable = _canonical(form, row, place, report)
-        if usable is not None:
-            account.kept += 1
-            yield usable, form.kind
-    if form is None or not account.read:
-        raise InputError("there is no row in it", file=source.name)
+        try:
+            for part in form.canonical(row, convert):
+                if isinstance(part, UnusablePair):
+                    report.leave_out(part.kind, place, part.field, part.message)
+                else:
+                    yield part, [place]
+        except BadRow as bad:
+            raise place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend) from bad
     account.unused_columns = form.unused(columns)
-
-
-def _canonical(form: Format, row: dict[str, Any], place: Place, report: PairsReport) -> dict[str, Any] | None:
-    try:
-        return {**form.canonical(row), "source": str(place)}
-    except BadRow as bad:
-        raise place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend) from bad
-    except UnusablePair as bad:
-        report.problems.append(Problem(bad.kind, place, bad.field, bad.message, KINDS[bad.kind][1]))
-        return None
 
 
 def _arrow_schema(kind: Kind, *, messages: bool) -> Any:
@@ -178,6 +202,7 @@ def _arrow_schema(kind: Kind, *, messages: bool) -> Any:
         "scores": pyarrow.list_(number),
         "margin": number,
         "weight": number,
+        **dict.fromkeys(RANKS, pyarrow.int64()),
     }
     names = (*kind.columns, *kind.extras, "source")
     return pyarrow.schema([(name, types.get(name, text)) for name in names])

@@ -14,29 +14,52 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.kinds import PAIRS, Kind
+from dpo_kit.pairs.kinds import PAIRS, RANKS, Kind
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 SCORES = ("score_chosen", "score_rejected")
 NUMBERS = ("margin", "weight", *SCORES)
 
-# Each kind of unusable row: what is wrong, and how to mend it.
+
+@dataclass(frozen=True, slots=True)
+class ProblemKind:
+    """A reason to leave a row, or a pair that could be made of it, out: what is wrong, and how to mend it.
+
+    `by_option`: the `LoadOptions` leave it out, which stops no loading.
+    """
+
+    message: str
+    mend: str
+    by_option: bool = False
+
+
 KINDS = {
-    "empty_completion": ("the reply is empty", "Write the reply, or take the row out"),
-    "empty_prompt": ("the prompt is empty", "Write the prompt, or take the row out"),
-    "identical": ("chosen and rejected are the same", "Take the row out: it prefers nothing"),
-    "all_tied": ("all replies are equally good", "Take the row out: it prefers nothing"),
-    "prompts_differ": (
-        "the replies do not answer the same prompt",
-        "Make the conversations equal up to the reply",
+    "empty_completion": ProblemKind("the reply is empty", "Write the reply, or take the row out"),
+    "empty_prompt": ProblemKind("the prompt is empty", "Write the prompt, or take the row out"),
+    "identical": ProblemKind("chosen and rejected are the same", "Take the row out: it prefers nothing"),
+    "prompts_differ": ProblemKind(
+        "the replies do not answer the same prompt", "Make the conversations equal up to the reply"
     ),
-    "reply_not_one_assistant_message": (
+    "reply_not_one_assistant_message": ProblemKind(
         "the reply is not exactly one assistant message",
         "End each conversation with one assistant message",
     ),
-    "unsupported_message_key": (
+    "unsupported_message_key": ProblemKind(
         "a message carries more than role and content",
         "Take the extra keys out, or write what they say into the content",
+    ),
+    "tie": ProblemKind(
+        "the replies are equally good", "Set ties to half to learn that from it", by_option=True
+    ),
+    "all_tied": ProblemKind("all replies are equally good", "It prefers nothing", by_option=True),
+    "below_min_margin": ProblemKind(
+        "the replies lie closer together than min_margin", "Lower min_margin to keep it", by_option=True
+    ),
+    "same_reply_in_list": ProblemKind(
+        "two replies of a list are the same", "Score equal replies once", by_option=True
+    ),
+    "nothing_to_compare": ProblemKind(
+        "there are not two judged replies to the prompt", "Nothing can be learned from it", by_option=True
     ),
 }
 
@@ -72,7 +95,7 @@ class UnusablePair(Exception):  # noqa: N818
     """The row is well formed, but not an example to learn from. `kind` is a key of `KINDS`."""
 
     def __init__(self, kind: str, *, field: str | None = None, message: str | None = None) -> None:
-        self.kind, self.field, self.message = kind, field, message or KINDS[kind][0]
+        self.kind, self.field, self.message = kind, field, message or KINDS[kind].message
         super().__init__(self.message)
 
 
@@ -168,6 +191,9 @@ def checked_extras(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     if numbers.get("weight", 0.0) < 0:
         raise BadRow(f"a weight must not be below 0, found {numbers['weight']}", field="weight")
     extras: dict[str, Any] = {name: numbers[name] for name in ("margin", "weight") if name in numbers}
+    for name in RANKS if kind == PAIRS else ():
+        if row.get(name) is not None:
+            extras[name] = checked_rank(row[name], name)
     identity = row.get("prompt_id")
     if identity is not None and identity != "":
         number = isinstance(identity, int) and not isinstance(identity, bool)
@@ -212,15 +238,17 @@ def checked_scores(row: Mapping[str, Any], replies: int) -> list[float]:
             field=field,
             mend="Give one for each completion, in their order",
         )
-    read = finite if field == "scores" else _score_of_rank
-    return [read(value, f"{field}[{i}]") for i, value in enumerate(values)]
+    if field == "scores":
+        return [finite(value, f"scores[{i}]") for i, value in enumerate(values)]
+    return [-finite(checked_rank(value, f"ranks[{i}]"), f"ranks[{i}]") for i, value in enumerate(values)]
 
 
-def _score_of_rank(rank: Any, field: str) -> float:
+def checked_rank(rank: Any, field: str) -> int:
+    """A rank, counted from 1, the best; raises `BadRow` for anything else."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         found = str(rank) if isinstance(rank, float | int) else kind_of(rank)
         raise BadRow(f"expected a rank, found {found}", field=field, mend="Count ranks from 1, the best")
-    return -finite(rank, field)
+    return rank
 
 
 def finite(value: Any, field: str) -> float:

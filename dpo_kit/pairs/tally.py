@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import Kind
-from dpo_kit.pairs.schema import Place
+from dpo_kit.pairs.schema import KINDS, Place
 from dpo_kit.pairs.statistics import Statistics
 
 FIRST_PLACES = 3
@@ -20,7 +20,7 @@ FIRST_PLACES = 3
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One row that cannot be used: its kind (see `schema.KINDS`), place and field, and the mend."""
+    """What was left out of a row: its kind (see `schema.KINDS`), place and field, and the mend."""
 
     kind: str
     place: Place
@@ -34,18 +34,19 @@ class Problem:
 
 @dataclass(slots=True)
 class SourceReport:
-    """One file or hub split: rows read and kept, and the columns that nothing was taken from."""
+    """One file or hub split: rows read, those that something was made of, what was made, unused columns."""
 
     file: str
     format: str
     read: int = 0
     kept: int = 0
+    made: int = 0
     unused_columns: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class PairsReport:
-    """All sources of one loading. A row has at most one problem: the first that was found."""
+    """All sources of one loading. Of a row that is one example there is at most one problem."""
 
     sources: list[SourceReport] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -60,12 +61,29 @@ class PairsReport:
 
     @property
     def kept(self) -> int:
-        """Rows kept, over all sources."""
+        """Rows of which something was made, over all sources."""
         return sum(source.kept for source in self.sources)
 
     @property
+    def made(self) -> int:
+        """Pairs (or unpaired rows, or lists) made, over all sources."""
+        return sum(source.made for source in self.sources)
+
+    @property
+    def unusable(self) -> list[Problem]:
+        """The problems that are not what the options leave out."""
+        return [problem for problem in self.problems if not KINDS[problem.kind].by_option]
+
+    def leave_out(
+        self, kind: str, place: Place, field: str | None = None, message: str | None = None
+    ) -> None:
+        """Take a problem into the account."""
+        known = KINDS[kind]
+        self.problems.append(Problem(kind, place, field, message or known.message, known.mend))
+
+    @property
     def counts(self) -> dict[str, int]:
-        """Rows by kind of problem, the most frequent kind first."""
+        """What was left out by kind, the most frequent kind first."""
         return dict(Counter(problem.kind for problem in self.problems).most_common())
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +92,7 @@ class PairsReport:
             "kind": self.kind.name if self.kind else None,
             "read": self.read,
             "kept": self.kept,
+            "made": self.made,
             "counts": self.counts,
             "sources": [asdict(source) for source in self.sources],
             "problems": [problem.to_dict() for problem in self.problems],
@@ -93,14 +112,20 @@ class PairsReport:
         return words
 
     def left_out(self) -> str:
-        """One line on the rows that cannot be used."""
-        return f"{len(self.problems)} of {self.read} rows cannot be used: {'; '.join(self.kinds_in_words())}"
+        """One line on what was left out."""
+        unusable = self.unusable
+        rows = len({str(problem.place) for problem in unusable})
+        head = f"{rows} of {self.read} rows cannot be used: " if unusable else ""
+        return head + "; ".join(self.kinds_in_words())
 
     def summary(self) -> str:
         """A few readable lines."""
         lines = []
         for source in self.sources:
-            lines.append(f"{source.file} ({source.format}): {source.read} rows read, {source.kept} kept")
+            made = f", {source.made} examples made" if source.made != source.kept else ""
+            lines.append(
+                f"{source.file} ({source.format}): {source.read} rows read, {source.kept} kept{made}"
+            )
             if source.unused_columns:
                 lines.append(f"  columns not used: {', '.join(source.unused_columns)}")
         lines += [f"left out: {words}" for words in self.kinds_in_words()]
@@ -115,12 +140,12 @@ class PairsReport:
 
         `dropped` says that leaving such rows out was tried, and left nothing.
         """
-        first = self.problems[0]
+        first = (self.unusable or self.problems)[0]
         mend = "set data.invalid: drop (--invalid drop) to leave them out, counted"
         return first.place.error(
             f"{first.message}. {self.left_out()}",
             field=first.field,
-            mend="No row is left" if dropped else f"Correct the rows, or {mend}",
+            mend="No row is left" if dropped or not self.unusable else f"Correct the rows, or {mend}",
         )
 
 
