@@ -15,7 +15,7 @@ _PLACES = {
     "PreferenceTrainer": "dpo_kit.trainer",
     "Recipe": "dpo_kit.recipe",
     "ReferenceCache": "dpo_kit.reference",
-    "inspect_pairs": "dpo_kit.pairs",
+    "inspect_pairs": "dpo_kit.audit",
     "load_pairs": "dpo_kit.pairs",
     "losses": "dpo_kit",
     "register_loss": "dpo_kit.losses",

@@ -153,7 +153,7 @@ def list_losses(
 @data_app.command("inspect")
 def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = False) -> None:
     """What is in preference data: shapes, counts, lengths, and rows that cannot be used."""
-    from dpo_kit.pairs import inspect_pairs
+    from dpo_kit.audit import inspect_pairs
 
     found = inspect_pairs(sources, format=format)
     if as_json:

@@ -171,7 +171,7 @@ def test_logps_are_of_pairs(tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b", "label": True}])
     assert run("logps", tmp_path / "no-model", data, "--out", tmp_path / "out.parquet") != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"field 'SOURCES': log-probs are computed of pairs, and these are unpaired rows. Give rows" in said
+    assert "field 'SOURCES': log-probs are computed of pairs, and these are unpaired rows. Give rows" in said
 
 
 def test_inspect_speaks_json(tmp_path, capsys):

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pair_files import error_of, write
 
-from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
+from dpo_kit.audit import inspect_pairs
+from dpo_kit.pairs import load_pairs, read_pairs, register_format
 from dpo_kit.pairs.canonical import canonical_pair
 from dpo_kit.pairs.formats import FORMATS
 from dpo_kit.pairs.formats.dialogues import ASSISTANT, HUMAN, split_hh

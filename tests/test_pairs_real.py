@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_kit.audit import inspect_pairs
 from dpo_kit.errors import InputError
-from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs
+from dpo_kit.pairs import load_pairs, read_pairs
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HH = DATA / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 from pair_files import error_of, write
 
-from dpo_kit.pairs import inspect_pairs, load_pairs, read_pairs, register_format
+from dpo_kit.audit import inspect_pairs
+from dpo_kit.pairs import load_pairs, read_pairs, register_format
 from dpo_kit.pairs.formats import FORMATS
 
 ASK = [{"role": "user", "content": "Name a city."}]
