@@ -17,20 +17,20 @@ from typing import Annotated, Any
 
 import typer
 
+from dpo_kit.cli_options import Json, Sources, with_load_options
+from dpo_kit.data_cli import data_app
+from dpo_kit.pairs.options import LoadOptions
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Offline preference optimisation: DPO and its family.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
 app.add_typer(data_app, name="data")
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the reference's log-probs on disk.")
 app.add_typer(cache_app, name="cache")
 
-Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or hf://owner/name@split.")]
-FormatOption = Annotated[str, typer.Option("--format", help="Shape of the rows; auto looks at them.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", help="Default: $DPO_KIT_CACHE or ~/.cache/dpo_kit.")
 ]
@@ -69,17 +69,17 @@ def train(
 
 
 @app.command()
+@with_load_options(invalid="drop")
 def logps(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a causal LM.")],
     sources: Sources,
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
-    format: FormatOption = "auto",
+    options: LoadOptions,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: beside the model.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
     max_length: Annotated[int | None, typer.Option(help="Leave out longer pairs; default: none.")] = None,
-    invalid: Annotated[str, typer.Option(help="Unusable rows: drop (and say so) or error.")] = "drop",
     tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
 ) -> None:
     """Log-probs of both replies of every pair, to a parquet file."""
@@ -89,11 +89,10 @@ def logps(
         model,
         sources,
         out,
-        format=format,
+        options=options,
         tokenizer=tokenizer,
         dtype=dtype,
         max_length=max_length,
-        invalid=invalid,
         token_budget=tokens,
         say=_say,
     )
@@ -148,18 +147,6 @@ def list_losses(
         print(json.dumps(rows, ensure_ascii=False))
     else:
         _print_table("objectives", list(rows[0]), rows)
-
-
-@data_app.command("inspect")
-def inspect(sources: Sources, format: FormatOption = "auto", as_json: Json = False) -> None:
-    """What is in preference data: shapes, counts, lengths, and rows that cannot be used."""
-    from dpo_kit.audit import inspect_pairs
-
-    found = inspect_pairs(sources, format=format)
-    if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
-    else:
-        print(found.summary())
 
 
 @cache_app.command("fill")

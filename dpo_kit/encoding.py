@@ -1,19 +1,20 @@
 """One canonical row -> the ids of its prompt and of its replies (a pair's are two), at full length.
 
 A completion's ids are exactly what the model would have to generate after the prompt's ids, ended by one end
-token. The texts of prompt and replies come from `chat`. Knows no length limit and no cache: those are
+token. This is the definition, for every tokenizer; `batch_encoding` does the same faster for most of them.
+The texts of prompt and replies come from `chat`. Knows no length limit and no cache: those are
 `tokenization`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kit.chat import row_text
+from dpo_kit.chat import RowText, row_text
 from dpo_kit.errors import InputError
 
 Pair = tuple[list[int], list[int], list[int]]
@@ -60,12 +61,27 @@ def encode_replies(
 ) -> list[tuple[Ids, bool]]:
     """Canonical rows of one kind -> their ids at full length, and whether the ids of a reply do not give back
     its text (see `TokenizedPairs.counts`). All texts go through the tokenizer in a few batch calls."""
+    return encode_texts(list(texts_of(rows, tokenizer, template_kwargs)), tokenizer)
+
+
+def texts_of(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None,
+) -> Iterator[RowText]:
+    """The text of each row, as `chat.row_text` gives it."""
     added = [*map(str, tokenizer.added_tokens_decoder.values()), *tokenizer.all_special_tokens]
     turn_ends = frozenset(token for token in added if token.strip())
-    texts = [row_text(row, tokenizer, template_kwargs, turn_ends) for row in rows]
-    opening, bos_id = _opening(tokenizer), tokenizer.bos_token_id
+    return (row_text(row, tokenizer, template_kwargs, turn_ends) for row in rows)
+
+
+def encode_texts(texts: Sequence[RowText], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Ids, bool]]:
+    """`encode_replies` of rows that are text already."""
+    opening, bos_id = opening_of(tokenizer), tokenizer.bos_token_id
     prompts = _ids([text.prompt for text in texts], tokenizer)
-    replies = [_without_end(reply, text.end) for text in texts for reply in text.replies]
+    replies = [
+        without_end(reply, end) for text in texts for reply, end in zip(text.replies, text.ends, strict=True)
+    ]
     heads = [(text.prompt, ids) for text, ids in zip(texts, prompts, strict=True) for _ in text.replies]
     completions = iter(_completions(heads, replies, tokenizer))
     encoded = []
@@ -74,9 +90,10 @@ def encode_replies(
         whole = ids if text.templated or (ids and ids[0] == bos_id) else [*opening, *ids]
         if not whole and bos_id is not None:
             whole = [bos_id]
-        end: Any = tokenizer.convert_tokens_to_ids([text.end])
+        ends: Any = tokenizer.convert_tokens_to_ids(text.ends)
         own = list(islice(completions, len(text.replies)))
-        encoded.append(((whole, [reply + end for reply, _ in own]), any(inexact for _, inexact in own)))
+        closed = [[*reply, end] for (reply, _), end in zip(own, ends, strict=True)]
+        encoded.append(((whole, closed), any(inexact for _, inexact in own)))
     return encoded
 
 
@@ -113,14 +130,14 @@ def _completions(
     return [(second_best[i], True) if entry is None else entry for i, entry in enumerate(found)]
 
 
-def _without_end(text: str, end: str) -> str:
+def without_end(text: str, end: str) -> str:
     """The text without end tokens that it brings itself, and white space behind them."""
     while (bare := text.rstrip()).endswith(end):
         text = bare[: -len(end)]
     return text
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that the tokenizer by itself puts before a text: BOS, or none."""
     probe = "a"
     if not _ids([probe], tokenizer)[0]:  # a vocabulary of whole words may not know it

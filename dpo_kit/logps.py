@@ -26,11 +26,10 @@ def write_logps(
     sources: Sequence[str],
     out: Path,
     *,
-    format: str = "auto",
+    options: LoadOptions = LoadOptions(invalid="drop"),  # noqa: B008
     tokenizer: str | None = None,
     dtype: str = "float32",
     max_length: int | None = None,
-    invalid: str = "drop",
     token_budget: int = 4096,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -40,11 +39,10 @@ def write_logps(
         model: folder or hub id.
         sources: as `load_pairs` takes them.
         out: the parquet file; written whole, then renamed.
-        format: shape of the rows.
+        options: how rows are loaded; unusable ones are left out, and named, where they say nothing else.
         tokenizer: folder or hub id; default: beside the model.
         dtype: of the weights.
         max_length: longer pairs are left out, and counted; None for no limit.
-        invalid: what becomes of unusable rows, "drop" (and say so) or "error".
         token_budget: tokens of one forward pass.
         say: gets lines of progress.
 
@@ -59,7 +57,7 @@ def write_logps(
         raise InputError("this is a folder", file=out, field="--out", mend="Name a file, e.g. logps.parquet.")
     if not out.parent.is_dir():
         raise InputError("no such folder", file=out.parent, field="--out", mend="Make it first.")
-    rows, report = load_with_report(sources, LoadOptions.of(format=format, invalid=invalid))
+    rows, report = load_with_report(sources, options)
     say(report.summary())
     kind = kind_of_columns(rows.column_names)
     if kind != PAIRS:

@@ -1,14 +1,13 @@
 """Canonical rows of any kind -> a data set of token ids, under a length policy.
 
-Says for every row what was done with it, and keeps the result on disk. How one row becomes ids is in
-`encoding`. Does not load or check rows (`pairs`), and makes no batches (`packing`).
+Says for every row what was done with it, and keeps the result on disk. How rows become ids is in `encoding`,
+what becomes of long ones in `length_policy`. Does not load or check rows (`pairs`), and makes no batches
+(`packing`).
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import itertools
 import json
 import os
 import warnings
@@ -25,72 +24,20 @@ import pyarrow as pa
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kit.batch_encoding import EncodedRows, Sequences, encode_batch
 from dpo_kit.cache_folder import cache_folder
-from dpo_kit.encoding import Ids, encode_replies, require_eos
+from dpo_kit.encoding import require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.length_policy import CUT, DROPPED, LengthPolicy, outcome_of
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns, kind_of_ids
 from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
 
 # Part of the cache's key: raise it when the ids of the same rows change, or what becomes of them.
 FORMAT_VERSION = 2
 
-OVERLONG = ("drop", "cut_prompt_left", "cut_completion_right")
-DROPPED = ("overlong", "prompt_too_long", "empty_prompt", "identical_after_tokenisation", "all_tied")
-CUT = ("cut_prompt", "cut_completion")
-
 CARRIED = ("source", "weight", "margin", "prompt_id")
-ROWS_PER_BATCH = 256
-
-
-@dataclass(frozen=True)
-class LengthPolicy:
-    """What becomes of a row whose longest sequence, prompt + completion, has more than `max_length` tokens.
-
-    A row is kept or left out whole: no reply is taken out of a pair or a list.
-
-    `drop`: it is left out.
-    `cut_prompt_left`: the prompt loses its beginning (but not its BOS) until the longest sequence fits, alike
-    for all; the row is left out where no prompt token would stay.
-    `cut_completion_right`: each completion that is too long loses its end, and with it the end token; the
-    row is left out where no completion token would stay.
-    `max_length` None accepts every length. Raises `InputError` for an unknown name or a length below 2.
-    """
-
-    max_length: int | None = 1024
-    overlong: str = "drop"
-
-    def __post_init__(self) -> None:
-        if self.overlong not in OVERLONG:
-            near = difflib.get_close_matches(str(self.overlong), OVERLONG, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"'{self.overlong}' is not one of {', '.join(OVERLONG)}",
-                field="data.overlong",
-                mend=f"Did you mean '{near}'?",
-            )
-        if self.max_length is not None and self.max_length < 2:
-            raise InputError(
-                f"{self.max_length} leaves no room for a prompt and a completion",
-                field="data.max_length",
-                mend="Set it to 2 or more, or to null for no limit",
-            )
-
-    def apply(self, ids: Ids, bos_id: int | None = None) -> tuple[Ids | None, str]:
-        """-> the row's ids as they are kept (None: left out), and `kept` or one of `CUT` or `DROPPED`."""
-        prompt, replies = ids
-        longest = max(map(len, replies))
-        if self.max_length is None or len(prompt) + longest <= self.max_length:
-            return ids, "kept"
-        if self.overlong == "cut_prompt_left":
-            opening = prompt[:1] if prompt[:1] == [bos_id] else []
-            room = self.max_length - longest - len(opening)
-            if room > 0:
-                return ([*opening, *prompt[-room:]], replies), "cut_prompt"
-        if self.overlong == "cut_completion_right":
-            room = self.max_length - len(prompt)
-            if room > 0:
-                return (prompt, [reply[:room] for reply in replies]), "cut_completion"
-            return None, "prompt_too_long"
-        return None, "overlong"
+# Memory holds so many rows as text, ids and what the tokenizer knows of them besides: about 100 MB.
+ROWS_PER_BATCH = 4096
 
 
 @dataclass
@@ -161,10 +108,15 @@ def tokenize_pairs(
             mend="Load it with load_pairs, which makes one of: "
             + "; ".join(", ".join(known.columns) for known in KINDS_OF_ROWS),
         )
-    columns = [name for name in (*kind.columns, "tools", *CARRIED) if name in dataset.column_names]
+    columns = [
+        name
+        for name in (*kind.columns, "tools", "chat_template_kwargs", *CARRIED)
+        if name in dataset.column_names
+    ]
     rows = dataset.with_format(None).select_columns(columns)
     template_kwargs = dict(chat_template_kwargs or {})
     key = _cache_key(rows, tokenizer, policy, template_kwargs)
+    features = _mapped_features(kind, {name: rows.features[name] for name in columns if name in CARRIED})
     mapped = _map_cached(
         rows,
         cache_folder(cache_dir, "tokens") / f"{key}.arrow",
@@ -177,9 +129,9 @@ def tokenize_pairs(
             "tokenizer": tokenizer,
             "policy": policy,
             "template_kwargs": template_kwargs,
+            "schema": features.arrow_schema,
         },
-        remove_columns=[name for name in columns if name not in CARRIED],
-        features=_mapped_features(kind, {name: rows.features[name] for name in columns if name in CARRIED}),
+        features=features,
         new_fingerprint=key,
         desc=f"Tokenising {kind.rows}",
     )
@@ -227,42 +179,75 @@ def _longest_of_each(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _tokenize_batch(
-    batch: Mapping[str, list],
+    batch: pa.Table,
     indices: list[int],
     kind: Kind,
     tokenizer: PreTrainedTokenizerBase,
     policy: LengthPolicy,
     template_kwargs: dict[str, Any],
-) -> dict[str, list]:
-    """What `datasets.map` calls: a row for each input row, with no ids where the row is left out."""
-    inputs = [batch[name] for name in batch]
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*inputs, strict=True)]
-    judgements = {kind.judgement: [_judgement(row, kind) for row in rows]} if kind.judgement else {}
-    columns: dict[str, list] = {
-        name: [] for name in ("prompt_ids", *kind.ids, "outcome", "length", "inexact")
+    schema: pa.Schema,
+) -> pa.Table:
+    """What `datasets.map` calls: a row for each input row, with no ids where the row is left out.
+
+    Whatever is kept whole stays in arrays; only the other rows are looked at one by one.
+    """
+    rows = batch.to_pylist()
+    judgements: list[Any] = [_judgement(row, kind) for row in rows] if kind.judgement else []
+    encoded = encode_batch(rows, tokenizer, template_kwargs)
+    first = np.cumsum(encoded.counts) - encoded.counts  # each row's first reply
+    lengths = encoded.prompts.lengths + np.maximum.reduceat(encoded.replies.lengths, first)
+    outcomes = np.full(len(rows), "kept", dtype=object)
+    prompts: dict[int, list[int]] = {}
+    replies: dict[int, list[int]] = {}
+    for row in _not_surely_whole(encoded, first, lengths, kind, policy):
+        own = range(first[row], first[row] + encoded.counts[row])
+        ids = encoded.prompts.ids(row), [encoded.replies.ids(reply) for reply in own]
+        scores = judgements[row] if kind == LISTS else ()
+        kept, outcomes[row] = outcome_of(ids, kind, scores, policy, tokenizer.bos_token_id)
+        if kept is not ids:
+            prompts[row], kept_replies = kept or ([], [[] for _ in own])
+            replies.update(zip(own, kept_replies, strict=True))
+    columns: dict[str, Any] = {
+        "prompt_ids": _list_array(encoded.prompts.replaced(prompts)),
+        **_reply_columns(encoded.replies.replaced(replies), encoded.counts, np.isin(outcomes, DROPPED), kind),
+        "index": indices,
+        "outcome": outcomes,
+        "length": lengths,
+        "inexact": encoded.inexact,
+        **({kind.judgement: judgements} if kind.judgement else {}),
+        **{name: batch[name] for name in CARRIED if name in batch.column_names},
     }
-    for row, (ids, inexact) in enumerate(encode_replies(rows, tokenizer, template_kwargs)):
-        length = len(ids[0]) + max(map(len, ids[1]))
-        kept, outcome = policy.apply(ids, tokenizer.bos_token_id) if ids[0] else (None, "empty_prompt")
-        if kept is not None and kind != UNPAIRED and all(reply == kept[1][0] for reply in kept[1]):
-            kept, outcome = None, "identical_after_tokenisation"
-        if kept is not None and kind == LISTS:
-            scores: Any = judgements["scores"][row]
-            if len(set(scores)) < 2:
-                kept, outcome = None, "all_tied"
-            elif _cut_alike(ids[1], kept[1], scores):
-                kept, outcome = None, "identical_after_tokenisation"
-        prompt, replies = kept or ([], [[] for _ in kind.ids] if kind != LISTS else [])
-        values = (prompt, *([replies] if kind == LISTS else replies), outcome, length, inexact)
-        for name, value in zip(columns, values, strict=True):
-            columns[name].append(value)
-    return {**columns, **judgements, "index": indices}
+    return pa.table(columns, schema)
 
 
-def _cut_alike(whole: list[list[int]], cut: list[list[int]], scores: list[float]) -> bool:
-    """Whether completions with different scores were different before they were cut, and are not now."""
-    places = itertools.combinations(range(len(cut)), 2)
-    return any(cut[i] == cut[j] and whole[i] != whole[j] and scores[i] != scores[j] for i, j in places)
+def _not_surely_whole(
+    encoded: EncodedRows, first: np.ndarray, lengths: np.ndarray, kind: Kind, policy: LengthPolicy
+) -> list[int]:
+    """The rows of which lengths alone do not say that they are kept as they are."""
+    if kind == LISTS:
+        return list(range(len(lengths)))
+    rows = encoded.prompts.lengths == 0
+    if policy.max_length is not None:
+        rows |= lengths > policy.max_length
+    if kind != UNPAIRED:
+        of_reply = encoded.replies.lengths
+        rows |= of_reply[first] == of_reply[first + 1]
+    return np.flatnonzero(rows).tolist()
+
+
+def _reply_columns(replies: Sequences, counts: np.ndarray, dropped: np.ndarray, kind: Kind) -> dict[str, Any]:
+    """The replies of all rows, one after the other, by column; a list that is dropped has none."""
+    if kind == LISTS:
+        kept = replies.take(np.flatnonzero(np.repeat(~dropped, counts)))
+        bounds = np.concatenate([[0], np.cumsum(np.where(dropped, 0, counts))]).astype(np.int32)
+        return {kind.ids[0]: pa.ListArray.from_arrays(pa.array(bounds), _list_array(kept))}
+    first = np.cumsum(counts) - counts
+    return {name: _list_array(replies.take(first + place)) for place, name in enumerate(kind.ids)}
+
+
+def _list_array(sequences: Sequences) -> pa.ListArray:
+    ids, bounds = sequences.joined()
+    return pa.ListArray.from_arrays(pa.array(bounds), pa.array(ids))
 
 
 def _judgement(row: Mapping[str, Any], kind: Kind) -> bool | list[float]:
@@ -292,14 +277,15 @@ def _map_cached(rows: datasets.Dataset, file: Path, num_proc: int | None, **opti
     options |= {"cache_file_name": str(file), "num_proc": processes if processes > 1 else None}
     with _environment_kept():
         try:
-            mapped = rows.map(_tokenize_batch, load_from_cache_file=True, **options)
+            mapped = rows.with_format("arrow").map(_tokenize_batch, load_from_cache_file=True, **options)
             if len(mapped) == len(rows):
-                return mapped
+                return mapped.with_format(None)
         except (pa.ArrowInvalid, OSError):
             if not written:
                 raise
         warnings.warn(f"{file}: the token cache is damaged; tokenising again", DpoKitWarning, stacklevel=4)
-        return rows.map(_tokenize_batch, load_from_cache_file=False, **options)
+        mapped = rows.with_format("arrow").map(_tokenize_batch, load_from_cache_file=False, **options)
+        return mapped.with_format(None)
 
 
 @contextmanager
@@ -351,12 +337,11 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _gather(mapped: datasets.Dataset, policy: LengthPolicy) -> TokenizedPairs:
     """The mapped rows -> the kept ones, and the account of all."""
-    outcomes = np.asarray(mapped["outcome"][:])
-    kept = ~np.isin(outcomes, DROPPED)
-    kinds = {f"dropped_{kind}": outcomes == kind for kind in DROPPED} | {
-        kind: outcomes == kind for kind in CUT
-    }
-    kinds["inexact_border"] = kept & np.asarray(mapped["inexact"][:])
+    table = mapped.with_format("arrow").select_columns(["outcome", "inexact"])[:]
+    kinds = {f"dropped_{kind}": _equal(table["outcome"], kind) for kind in DROPPED}
+    kept = ~np.any(list(kinds.values()), axis=0)
+    kinds |= {kind: _equal(table["outcome"], kind) for kind in CUT}
+    kinds["inexact_border"] = kept & table["inexact"].to_numpy()
     counts = {"rows": len(mapped), "kept": int(kept.sum())}
     counts |= {kind: int(rows.sum()) for kind, rows in kinds.items()}
     if not counts["kept"]:
@@ -366,6 +351,10 @@ def _gather(mapped: datasets.Dataset, policy: LengthPolicy) -> TokenizedPairs:
     if not kept.all():
         dataset = dataset.select(np.flatnonzero(kept))
     return TokenizedPairs(dataset, counts, places)
+
+
+def _equal(column: pa.ChunkedArray, value: str) -> np.ndarray:
+    return pa.compute.equal(column, value).to_numpy()
 
 
 def _places(mapped: datasets.Dataset, rows: np.ndarray) -> list[str]:

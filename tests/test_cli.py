@@ -174,13 +174,6 @@ def test_logps_are_of_pairs(tmp_path, capsys):
     assert "field 'SOURCES': log-probs are computed of pairs, and these are unpaired rows. Give rows" in said
 
 
-def test_inspect_speaks_json(tmp_path, capsys):
-    rows = [*ROWS[:3], {"prompt": "x", "chosen": " same", "rejected": " same"}]
-    assert run("data", "inspect", write_rows(tmp_path / "pairs.jsonl", rows), "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert "identical" in json.dumps(found)
-
-
 def change_row(line, **changes):
     def change(tmp_path, model_folder):
         rows = [dict(row) for row in ROWS]

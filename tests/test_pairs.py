@@ -192,7 +192,7 @@ def test_a_format_of_ones_own_comes_first_and_is_checked_like_the_others(file: P
 # Unusable pairs: `invalid` decides
 
 
-def turn(role: str, content: str | None, **extras: Any) -> dict:
+def turn(role: str, content: Any, **extras: Any) -> dict:
     return {"role": role, "content": content, **extras}
 
 
@@ -232,13 +232,19 @@ UNUSABLE = [
         "unsupported_message_key",
         "chosen[0]",
         MESSAGE_ROW,
-        {**MESSAGE_ROW, "chosen": [turn("assistant", None, tool_calls=[{"id": 1}])]},
+        {**MESSAGE_ROW, "chosen": [turn("assistant", None, refusal="I will not.")]},
     ),
     (
         "unsupported_message_key",
         "prompt[0]",
         MESSAGE_ROW,
-        {**MESSAGE_ROW, "prompt": [turn("user", "Hi", name="Ann", tool_calls=None)]},
+        {**MESSAGE_ROW, "prompt": [turn("user", "Hi", name="Ann", weight=1, tool_calls=None)]},
+    ),
+    (
+        "content_not_text",
+        "prompt[0].content[1]",
+        MESSAGE_ROW,
+        {**MESSAGE_ROW, "prompt": [turn("user", ["What is it?", {"type": "image_url", "image_url": {}}])]},
     ),
 ]
 

@@ -13,6 +13,7 @@ import copy
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -136,10 +137,12 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
         except InputError:
             outcomes["no format"] += 1
         for form in forms:
+            judgement = rng.choice([None, *form.judgements])
+            told = plain and judgement is None and form.name == name and not (judged or moved)
             try:
-                rows = loaded(form, copy.deepcopy(row), options)
+                rows = loaded(form, copy.deepcopy(row), replace(options, judgement=judgement))
                 outcomes["loaded" if rows else "reported"] += 1
-                check(rows, moved=moved, ordered=plain and not (judged or moved) and form.name == name)
+                check(rows, moved=moved, ordered=told)
             except BadRow:
                 outcomes["reported"] += 1
             except Exception as error:

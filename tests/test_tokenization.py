@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_kit import tokenization
 from dpo_kit.encoding import encode_pair
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.tokenization import LengthPolicy, TokenizedPairs, tokenize_pairs
+from dpo_kit.length_policy import OVERLONG, LengthPolicy
+from dpo_kit.tokenization import TokenizedPairs, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -102,7 +103,7 @@ TOKENS = st.lists(st.integers(1, 9), min_size=1, max_size=8)
     TOKENS,
     st.lists(TOKENS, min_size=1, max_size=4),
     st.integers(2, 16),
-    st.sampled_from(tokenization.OVERLONG),
+    st.sampled_from(OVERLONG),
 )
 def test_what_is_kept_fits_and_is_never_empty(
     prompt: list, replies: list, max_length: int, overlong: str
@@ -236,15 +237,15 @@ def test_an_interrupted_write_is_not_taken(
     tokenizer: CountingTokenizer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
-    encode_replies = tokenization.encode_replies
+    encode_batch = tokenization.encode_batch
 
     def interrupted(*args):
         batches.append(sorted(file.name for file in cache.iterdir()))
         if len(batches) == 4:
             raise KeyboardInterrupt
-        return encode_replies(*args)
+        return encode_batch(*args)
 
-    monkeypatch.setattr(tokenization, "encode_replies", interrupted)
+    monkeypatch.setattr(tokenization, "encode_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize_pairs(many(), tokenizer)
     # What a kill would have left behind has not the name that the next run looks for.

@@ -1,10 +1,11 @@
 """The canonical rows, and the one gate that every row of every on-disk shape goes through.
 
-A canonical row is a dict with a `prompt` and its replies: all text, or all lists of {role, content} messages
-(each reply one assistant message). Of a pair they are `chosen` and `rejected`; an unpaired row has one
-`completion` and its `label` (bool: desirable or not), a scored one its `score`; a ranked list has
-`completions` and their `scores` (floats, higher is better; beside them `ranks`, where it came with these).
-The optional columns of a kind are its `Kind.extras`. What a field must be is in `schema`.
+A canonical row is a dict with a `prompt` and its replies: all text, or all lists of {role, content, **extras}
+messages (each reply one assistant message; extras are the `messages.KNOWN_EXTRAS`). Of a pair they are
+`chosen` and `rejected`; an unpaired row has one `completion` and its `label` (bool: desirable or not), a
+scored one its `score`; a ranked list has `completions` and their `scores` (floats, higher is better; beside
+them `ranks`, where it came with these). The optional columns of a kind are its `Kind.extras`. What a field
+must be is in `schema`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_kit.pairs.kinds import LISTS, PAIRS, SCORED, UNPAIRED, Kind
+from dpo_kit.pairs.messages import require_usable, says_something, text_or_messages
 from dpo_kit.pairs.schema import (
     BadRow,
     UnusablePair,
@@ -22,8 +24,6 @@ from dpo_kit.pairs.schema import (
     finite,
     kind_of,
     need,
-    plain_text,
-    text_or_messages,
 )
 
 Part = str | list[dict]
@@ -135,10 +135,10 @@ def _prompt_and_replies(
     canonical: list[Part] = list(replies.values())
     if not (isinstance(prompt, str) and texts[0]):
         prompt, canonical = _as_messages(prompt, replies, prompt_field)
-    if not plain_text(prompt).strip():
+    if not says_something(prompt):
         raise UnusablePair("empty_prompt", field=prompt_field)
     for field, reply in zip(fields, canonical, strict=True):
-        if not plain_text(reply).strip():
+        if not says_something(reply):
             raise UnusablePair("empty_completion", field=field)
     return prompt, canonical
 
@@ -149,7 +149,7 @@ def _as_messages(
     sides = {field: _reply_messages(reply) for field, reply in replies.items()}
     for field, messages in ((prompt_field, prompt), *sides.items()):
         if isinstance(messages, list):
-            _require_plain(messages, field)
+            require_usable(messages, field)
     split = [
         split_conversation(messages, field) if prompt is None else _split_reply(prompt, messages, field)
         for field, messages in sides.items()
@@ -163,17 +163,6 @@ def _as_messages(
 
 def _reply_messages(reply: Part) -> list[dict]:
     return [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-
-
-def _require_plain(messages: list[dict], field: str) -> None:
-    for i, message in enumerate(messages):
-        if len(message) > 2:
-            names = ", ".join(f"'{key}'" for key in message if key not in ("role", "content"))
-            raise UnusablePair(
-                "unsupported_message_key",
-                field=f"{field}[{i}]",
-                message=f"the message carries {names}, which would be lost",
-            )
 
 
 def split_conversation(conversation: list[dict], field: str) -> tuple[list[dict], list[dict]]:
@@ -198,7 +187,8 @@ def _split_reply(prompt: Part, reply: list[dict], field: str) -> tuple[list[dict
     if isinstance(prompt, list):
         holds_prompt = lead == prompt
     else:
-        holds_prompt = any(m["role"] == "user" and m["content"].strip() == prompt.strip() for m in lead)
+        asked = [message["content"] or "" for message in lead if message["role"] == "user"]
+        holds_prompt = any(content.strip() == prompt.strip() for content in asked)
     if not holds_prompt:
         raise UnusablePair(
             "prompts_differ", field=field, message="the conversation is not one that the prompt begins"

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations, pairwise
 from typing import Any
 
-from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import LISTS, PAIRS, Kind
 from dpo_kit.pairs.options import LoadOptions
+from dpo_kit.pairs.schema import BadRow
 
 Row = dict[str, Any]
 
@@ -27,6 +27,8 @@ def kind_made(kind: Kind, options: LoadOptions) -> Kind:
 
 def made_of(row: Row, kind: Kind, options: LoadOptions) -> tuple[list[Row], list[str]]:
     """One checked row -> the rows that are loaded, and the kind (`schema.KINDS`) of each one left out.
+
+    Raises `BadRow` where the options ask for what the row has not: a margin, or one that can be a weight.
 
     `row` is canonical; a pair may have `preference`, the share of the votes for its chosen reply in
     [0.5, 1]; a list has `ranks` beside its scores where it came with ranks alone.
@@ -57,6 +59,12 @@ def _weighted(pair: Row, share: float, options: LoadOptions) -> Iterator[Row]:
     factor = 1.0
     if share != 0.5 and options.weights == "margin":
         factor = _strength(pair)
+        if factor < 0:
+            raise BadRow(
+                f"the margin is {factor}, and a weight must not be below 0",
+                field="margin",
+                mend="Exchange the replies, set min_margin to 0 to leave such pairs out, or set other weights",
+            )
     elif share != 0.5 and options.weights == "agreement":
         factor = 2 * share - 1
     both = share == 0.5 or (options.votes == "share" and share < 1)
@@ -78,9 +86,9 @@ def _strength(pair: Mapping[str, Any]) -> float:
         return float(pair["rejected_rank"] - pair["chosen_rank"])
     if "preference" in pair:
         return float(2 * pair["preference"] - 1)
-    raise InputError(
-        "margins are looked at, and the rows have neither scores, ranks nor votes",
-        field="min_margin",
+    raise BadRow(
+        "margins are looked at, and the row has neither scores, ranks nor votes",
+        field="margin",
         mend="Leave out min_margin and weights, or give a column 'margin'",
     )
 
@@ -89,7 +97,7 @@ def turned(pair: Row) -> Row:
     """The pair with its replies exchanged."""
     turned = {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
     if "margin" in pair:
-        turned["margin"] = -pair["margin"]
+        turned["margin"] = 0.0 - pair["margin"]  # which of 0 is 0, and not -0
     for name, other in (("chosen_rank", "rejected_rank"), ("rejected_rank", "chosen_rank")):
         if name in pair:
             turned[other] = pair[name]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.choosing import kind_made, made_of
 from dpo_kit.pairs.formats import Format, detected_format, named_format
+from dpo_kit.pairs.formats.mapping import mapping_format
 from dpo_kit.pairs.grouping import Placed, group_by_prompt, is_grouped
 from dpo_kit.pairs.kinds import LISTS, RANKS, Kind
 from dpo_kit.pairs.options import LoadOptions
@@ -70,10 +71,10 @@ def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> 
     from datasets import Dataset
 
     report = PairsReport()
-    usable = _usable(sources, options, report)
+    usable = usable_rows(sources, options, report)
     first = next(usable)
     assert report.kind is not None
-    schema = _arrow_schema(report.kind, messages=not isinstance(first["prompt"], str))
+    schema = arrow_schema(report.kind, messages=not isinstance(first["prompt"], str))
     batches = [pyarrow.RecordBatch.from_pylist([first, *islice(usable, _BATCH_ROWS)], schema)]
     while rows := list(islice(usable, _BATCH_ROWS)):
         batches.append(pyarrow.RecordBatch.from_pylist(rows, schema))
@@ -91,7 +92,7 @@ def read_pairs(
     """
     report = PairsReport()
     loading = LoadOptions.of(format=format, invalid=invalid, **options)
-    return list(_usable(sources, loading, report)), report
+    return list(usable_rows(sources, loading, report)), report
 
 
 def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
@@ -111,6 +112,8 @@ def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> 
 
 
 def _forced_format(options: LoadOptions) -> Format | None:
+    if options.mapping is not None:
+        return mapping_format(options.mapping)
     return None if options.format == "auto" else named_format(options.format)
 
 
@@ -134,7 +137,7 @@ def _require_alike(
         )
 
 
-def _usable(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
+def usable_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
     """At least one row; whether unusable ones stop the loading is known at the end of the stream."""
     yield from stream_rows(sources, options, report)
     if not report.problems:
@@ -160,7 +163,10 @@ def _rows_of_source(
         checked, kind = group_by_prompt(checked, kind, report), LISTS
     kept = None
     for row, places in checked:
-        made, left_out = made_of(row, kind, options)
+        try:
+            made, left_out = made_of(row, kind, options)
+        except BadRow as bad:
+            raise places[0].error(bad.message, field=bad.field, mend=bad.mend) from bad
         for problem in left_out:
             report.leave_out(problem, places[0])
         if made and places != kept:
@@ -191,7 +197,7 @@ def _checked(
     account.unused_columns = form.unused(columns)
 
 
-def _arrow_schema(kind: Kind, *, messages: bool) -> Any:
+def arrow_schema(kind: Kind, *, messages: bool) -> Any:
     import pyarrow
 
     number, text = pyarrow.float64(), pyarrow.string()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from dpo_kit.errors import InputError
@@ -18,6 +18,11 @@ CHOICES = {
     "weights": ("given", "margin", "agreement"),
 }
 _PAIRS = re.compile(r"all|best_worst|adjacent|random:[1-9]\d*")
+
+
+def _option(default: Any, words: str) -> Any:
+    """A field, with what --help says of it on the command line."""
+    return field(default=default, metadata={"help": words})
 
 
 @dataclass(frozen=True)
@@ -47,17 +52,30 @@ class LoadOptions:
     Raises `InputError` for values that it does not know.
     """
 
-    format: str = "auto"
-    mapping: Mapping[str, Any] | None = None
-    judgement: str | None = None
-    invalid: Literal["error", "drop"] = "error"
-    shape: Literal["auto", "pairs", "unpaired", "lists"] = "auto"
-    pairs: str = "all"
-    ties: Literal["drop", "half"] = "drop"
-    votes: Literal["majority", "share"] = "majority"
-    min_margin: float | None = None
-    weights: Literal["given", "margin", "agreement"] = "given"
-    seed: int = 0
+    format: str = _option("auto", "Shape of the rows; auto looks at them (`data formats` lists them).")
+    mapping: Mapping[str, Any] | None = _option(
+        None,
+        "A shape of one's own: field=path, once for each field; values.first=A,B for what is a verdict.",
+    )
+    judgement: str | None = _option(
+        None, "Which judgement counts, where a row has several, as better or safer."
+    )
+    invalid: Literal["error", "drop"] = _option(
+        "error", "Unusable rows: error stops at them, drop leaves them out, counted."
+    )
+    shape: Literal["auto", "pairs", "unpaired", "lists"] = _option(
+        "auto", "What is made: auto, pairs, unpaired or lists."
+    )
+    pairs: str = _option("all", "Of a ranked list: all, best_worst, adjacent or random:k.")
+    ties: Literal["drop", "half"] = _option("drop", "drop leaves them out, half makes a pair each way.")
+    votes: Literal["majority", "share"] = _option(
+        "majority", "The majority's pair, or a pair each way weighted by its share."
+    )
+    min_margin: float | None = _option(None, "Leave out pairs whose scores (or ranks, or votes) lie closer.")
+    weights: Literal["given", "margin", "agreement"] = _option(
+        "given", "A pair's weight: given, margin or agreement."
+    )
+    seed: int = _option(0, "Of what is drawn, as random:k.")
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -71,7 +89,7 @@ class LoadOptions:
     @classmethod
     def of(cls, **options: Any) -> LoadOptions:
         """Options from their fields by name; an unknown one is refused with the nearest."""
-        known = [field.name for field in fields(cls)]
+        known = [each.name for each in fields(cls)]
         for name in options:
             if name not in known:
                 raise _unknown("option", name, known)

@@ -358,6 +358,7 @@ def _rows_of_batches(path: str, batches: Iterator[Any]) -> Iterator[RawRow]:
             if name in names[:i]:
                 raise InputError("the column is there twice", file=path, field=name)
         for batch in batches:
+            batch.validate(full=True)  # Arrow believes a damaged file's offsets, and reads beyond its memory
             for row in batch.to_pylist():
                 number += 1
                 yield row, Place(path, row=number)

@@ -16,9 +16,19 @@ from typing import Any
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import PAIRS, RANKS, Kind
 
-ROLES = ("system", "user", "assistant", "tool", "developer")
 SCORES = ("score_chosen", "score_rejected")
 NUMBERS = ("margin", "weight", *SCORES)
+_OPTIONAL = frozenset((*PAIRS.extras, *SCORES))
+
+# What apply_chat_template takes beside a template's own variables, and a row must not set.
+RESERVED_KWARGS = frozenset(
+    {
+        *("conversation", "messages", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+        *("continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+        *("padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"),
+        "sanitize_control_tokens",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,7 @@ class ProblemKind:
 
 KINDS = {
     "empty_completion": ProblemKind("the reply is empty", "Write the reply, or take the row out"),
+    "reply_not_text": ProblemKind("the reply is no text", "Write the reply as text, or take the row out"),
     "empty_prompt": ProblemKind("the prompt is empty", "Write the prompt, or take the row out"),
     "identical": ProblemKind("chosen and rejected are the same", "Take the row out: it prefers nothing"),
     "prompts_differ": ProblemKind(
@@ -45,8 +56,11 @@ KINDS = {
         "End each conversation with one assistant message",
     ),
     "unsupported_message_key": ProblemKind(
-        "a message carries more than role and content",
-        "Take the extra keys out, or write what they say into the content",
+        "a message carries keys that no chat template reads",
+        "Take these keys out, or write what they say into the content",
+    ),
+    "content_not_text": ProblemKind(
+        "a message's content is not all text", "Take the row out, or write what the part says as text"
     ),
     "tie": ProblemKind(
         "the replies are equally good", "Set ties to half to learn that from it", by_option=True
@@ -57,6 +71,9 @@ KINDS = {
     ),
     "same_reply_in_list": ProblemKind(
         "two replies of a list are the same", "Score equal replies once", by_option=True
+    ),
+    "unjudged": ProblemKind(
+        "nothing is said of a reply in a list", "The list is made of the others", by_option=True
     ),
     "nothing_to_compare": ProblemKind(
         "there are not two judged replies to the prompt", "Nothing can be learned from it", by_option=True
@@ -124,15 +141,6 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
-def text_or_messages(value: Any, field: str) -> str | list[dict]:
-    """The value as text or as messages; empty extra keys of a message are dropped, others still there."""
-    if isinstance(value, str):
-        return checked_text(value, field)
-    if not isinstance(value, list):
-        raise BadRow(f"expected text or a list of messages, found {kind_of(value)}", field=field)
-    return [_checked_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
-
-
 def filled_extras(message: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     """What a message says beyond the known keys; null and empty values say nothing."""
     if len(message) == len(known):
@@ -157,41 +165,33 @@ def kind_of(value: Any) -> str:
     return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
-def _checked_message(message: Any, field: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise BadRow(f"expected a message with role and content, found {kind_of(message)}", field=field)
-    for key in ("role", "content"):
-        if key not in message:
-            raise BadRow("the message has no such key", field=f"{field}.{key}")
-    role, content = message["role"], message["content"]
-    if not isinstance(role, str) or role not in ROLES:
-        found = f"'{role}'" if isinstance(role, str) else kind_of(role)
-        raise BadRow(f"unknown role {found}", field=f"{field}.role", mend=f"Known roles: {', '.join(ROLES)}")
-    extras = filled_extras(message, ("role", "content"))
-    # A tool call may come without content; it is refused for its extra key, which says more.
-    if content is not None or not extras:
-        checked_text(content, f"{field}.content")
-    return {"role": role, "content": content, **extras}
-
-
 def plain_text(part: str | list[dict]) -> str:
-    """The characters of a prompt or reply; messages one after the other with nothing between."""
-    return part if isinstance(part, str) else "".join(message["content"] for message in part)
+    """The characters of a prompt's or reply's content; messages one after the other with nothing between.
+
+    Tool calls and reasoning in keys of their own are not content and not in it.
+    """
+    if isinstance(part, str):
+        return part
+    return "".join([message["content"] or "" for message in part])
 
 
 def checked_extras(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """weight, prompt_id, tools; of a pair margin too, or the difference of two scores for it.
+    """weight, prompt_id, tools and chat_template_kwargs (both JSON text); of a pair margin too, or the
+    difference of two scores for it.
 
     A null counts as absent. Raises `BadRow`.
     """
-    names = NUMBERS if kind == PAIRS else ("weight",)
+    if _OPTIONAL.isdisjoint(row):
+        return {}
+    pair = kind == PAIRS
+    names = NUMBERS if pair else ("weight",)
     numbers = {name: finite(row[name], name) for name in names if row.get(name) is not None}
     if "margin" not in numbers and SCORES[0] in numbers and SCORES[1] in numbers:
         numbers["margin"] = finite(numbers[SCORES[0]] - numbers[SCORES[1]], "margin")
     if numbers.get("weight", 0.0) < 0:
         raise BadRow(f"a weight must not be below 0, found {numbers['weight']}", field="weight")
     extras: dict[str, Any] = {name: numbers[name] for name in ("margin", "weight") if name in numbers}
-    for name in RANKS if kind == PAIRS else ():
+    for name in RANKS if pair else ():
         if row.get(name) is not None:
             extras[name] = checked_rank(row[name], name)
     identity = row.get("prompt_id")
@@ -201,6 +201,9 @@ def checked_extras(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
     tools = row.get("tools")
     if tools is not None and tools != "":
         extras["tools"] = _tools(tools)
+    kwargs = row.get("chat_template_kwargs")
+    if kwargs is not None and kwargs != "" and (checked := template_kwargs(kwargs)):
+        extras["chat_template_kwargs"] = json_text(checked, "chat_template_kwargs")
     return extras
 
 
@@ -267,10 +270,7 @@ def finite(value: Any, field: str) -> float:
 def _tools(value: Any) -> str:
     """Tool descriptions as JSON text, which is how a column can hold any of them."""
     if isinstance(value, list):
-        try:
-            return checked_text(json.dumps(value, ensure_ascii=False), "tools")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise BadRow(f"cannot be written as JSON: {error}", field="tools") from None
+        return json_text(value, "tools")
     text = checked_text(value, "tools")
     try:
         valid = isinstance(json.loads(text), list)
@@ -279,3 +279,42 @@ def _tools(value: Any) -> str:
     if not valid:
         raise BadRow("expected a list of tool descriptions, or one as JSON text", field="tools")
     return text
+
+
+def template_kwargs(value: Any, field: str = "chat_template_kwargs") -> dict[str, Any]:
+    """A row's own variables for its chat template, from an object or JSON text of one; nulls count as absent.
+
+    Raises `BadRow`, also for names that `apply_chat_template` keeps for itself.
+    """
+    found = value if isinstance(value, dict) else json_object(value, field)
+    for name in found:
+        if name in RESERVED_KWARGS:
+            raise BadRow(
+                f"'{name}' is no variable of a chat template",
+                field=f"{field}.{name}",
+                mend="Take it out; dpo_kit sets it by itself",
+            )
+    return {name: setting for name, setting in found.items() if setting is not None}
+
+
+def json_object(value: Any, field: str) -> dict[str, Any]:
+    """The object that a JSON text holds; raises `BadRow`."""
+    found = parsed_json(checked_text(value, field), field)
+    if not isinstance(found, dict):
+        raise BadRow(f"expected an object as JSON text, found {kind_of(found)}", field=field)
+    return found
+
+
+def json_text(value: Any, field: str) -> str:
+    """The value as JSON text; raises `BadRow` where JSON or UTF-8 cannot hold it."""
+    try:
+        return checked_text(json.dumps(value, ensure_ascii=False, allow_nan=False), field)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow(f"cannot be written as JSON: {error}", field=field) from None
+
+
+def parsed_json(text: str, field: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"not JSON: {error}", field=field) from None

@@ -1,7 +1,13 @@
 """A SOURCE as the user writes it -> where its rows come from: files, or one split of a hub data set.
 
-SOURCE is a file, a folder, a glob, or `hf://owner/name[/config]@split`; after `hf://` a local folder
-(`./folder`, `/folder`) works too. How a file becomes rows is the business of `reading`.
+SOURCE is a file, a folder, a glob, a name of the `catalogue` (`name` or `name@split`), or on the hub
+
+- `hf://owner/name[/config]@split`, one split of a data set,
+- `hf://owner/name#folder@split`, of one folder in it alone (Anthropic/hh-rlhf#harmless-base@test),
+- `hf://owner/name#path/file.jsonl.gz`, one file in it, read as files here are.
+
+After `hf://` a local folder (`./folder`, `/folder`) that is laid out alike works too. How a file becomes
+rows is the business of `reading`.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs import catalogue
 from dpo_kit.pairs.reading import BATCH_ROWS, RawRow, rows_of_file, supported, supported_names
 from dpo_kit.pairs.schema import Place
 
@@ -46,12 +53,22 @@ def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Sourc
     for source in given:
         if not isinstance(source, str | Path):
             raise InputError(f"a source must be text or a path, found {type(source).__name__}")
-        if str(source).startswith(HUB):
-            found.append(_hub_source(str(source)))
+        listed = _listed(source)
+        if listed or str(source).startswith(HUB):
+            found.append(_hub_source(listed or str(source)))
             continue
         for path in _files(str(source), ignored):
             found.append(Source(path, lambda path=path: rows_of_file(path)))  # type: ignore[misc]
     return found, ignored
+
+
+def _listed(source: str | Path) -> str | None:
+    """The hub source that a name of the catalogue stands for; None where it is a path, or no such name."""
+    name, _, split = str(source).partition("@")
+    entry = catalogue.named(name)
+    if entry is None or isinstance(source, Path) or os.path.exists(source):
+        return None
+    return entry.at(split) if split else entry.source
 
 
 def _files(source: str, ignored: list[str]) -> list[str]:
@@ -70,7 +87,10 @@ def _files(source: str, ignored: list[str]) -> list[str]:
     if glob.has_magic(path):
         matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
         return _picked(matches, source, ignored, f"no file of pairs ({supported_names()}) matches")
-    raise InputError("no such file or folder", file=source, mend=_nearby(path))
+    mend = _nearby(path)
+    if near := catalogue.nearest(source.partition("@")[0]):
+        mend = f"Did you mean '{near}' of the catalogue? {mend}"
+    raise InputError("no such file or folder", file=source, mend=mend)
 
 
 def _nearby(path: str) -> str:
@@ -110,26 +130,53 @@ def _picked(paths: Iterator[str] | list[str], source: str, ignored: list[str], n
 
 def _hub_source(source: str) -> Source:
     where, at, split = source.removeprefix(HUB).rpartition("@")
+    if not at and "#" in split and supported(split):
+        return _hub_file(source, split)
     if not at or not where or not split:
         raise InputError("the split is not given", file=source, mend=f"Write {HUB}owner/name[/config]@split")
+    where, _, folder = where.partition("#")
     if where.startswith((".", "/", "~")):
-        name, config = os.path.expanduser(where), None
-        if not os.path.isdir(name):
-            raise InputError("no such folder", file=source, mend=_nearby(name))
+        name, config = _local(where, source), None
     else:
-        parts = where.split("/")
-        if len(parts) not in (2, 3) or not all(parts):
-            raise InputError(
-                f"'{where}' is not the name of a hub data set",
-                file=source,
-                mend=f"Write {HUB}owner/name[/config]@split, or {HUB}./folder@split",
-            )
-        name, config = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
-    return Source(source, lambda: _hub_rows(source, name, config, split))
+        name, config = _owner_and_name(where, source)
+    return Source(source, lambda: _hub_rows(source, name, config, folder or None, split))
 
 
-def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterator[RawRow]:
-    data = _hub_data(source, name, config, split)
+def _hub_file(source: str, where: str) -> Source:
+    """One file of a hub data set, or of a local folder that is laid out like one."""
+    where, _, file = where.partition("#")
+    if where.startswith((".", "/", "~")):
+        path = os.path.join(_local(where, source), file)
+        if not os.path.isfile(path):
+            raise InputError("no such file", file=source, mend=_nearby(path))
+        return Source(source, lambda: rows_of_file(path))
+    name, config = _owner_and_name(where, source)
+    if config is not None:
+        raise InputError("a file is of no config", file=source, mend=f"Write {HUB}{name}#{file}")
+    return Source(source, lambda: rows_of_file(_downloaded(source, name, file)))
+
+
+def _local(where: str, source: str) -> str:
+    folder = os.path.expanduser(where)
+    if not os.path.isdir(folder):
+        raise InputError("no such folder", file=source, mend=_nearby(folder))
+    return folder
+
+
+def _owner_and_name(where: str, source: str) -> tuple[str, str | None]:
+    """`owner/name[/config]` -> (`owner/name`, config)."""
+    parts = where.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(
+            f"'{where}' is not the name of a hub data set",
+            file=source,
+            mend=f"Write {HUB}owner/name[/config]@split, or {HUB}./folder@split",
+        )
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+
+
+def _hub_rows(source: str, name: str, config: str | None, folder: str | None, split: str) -> Iterator[RawRow]:
+    data = _hub_data(source, name, config, folder, split)
     number = 0
     for batch in data.with_format("arrow").iter(batch_size=BATCH_ROWS):
         for row in batch.to_pylist():
@@ -137,16 +184,33 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
             yield row, Place(source, row=number)
 
 
-def _hub_data(source: str, name: str, config: str | None, split: str) -> Any:
+def _hub_data(source: str, name: str, config: str | None, folder: str | None, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, data_dir=folder, split=split)
     except Exception as error:  # of many kinds: hub, http, offline mode, builder, unknown config or split
         cause = str(error).strip().split("\n")[0] or type(error).__name__
+        mend = (
+            "Check owner, name, config and split, and that the hub can be reached; "
+            "without the hub, give the path of the data's files instead"
+        )
+        if "scripts are no longer supported" in cause:
+            mend = "Download the parquet files of its branch refs/convert/parquet, and give their path"
+        raise InputError(f"the data set cannot be loaded: {cause}", file=source, mend=mend) from error
+
+
+def _downloaded(source: str, name: str, file: str) -> str:
+    """The file's path in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name, file, repo_type="dataset")
+    except Exception as error:  # of many kinds: hub, http, offline mode, no such file
+        cause = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"the data set cannot be loaded: {cause}",
+            f"the file cannot be loaded: {cause}",
             file=source,
-            mend="Check owner, name, config and split, and that the hub can be reached; "
-            "without the hub, give the path of the data's files instead",
+            mend="Check owner, name and file, and that the hub can be reached; "
+            "without the hub, give the path of the file instead",
         ) from error

@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dpo_kit.pairs.kinds import LISTS, PAIRS, Kind
 from dpo_kit.pairs.schema import plain_text
+
+_BINS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,14 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many of some lengths lie from each edge up to the next; the edges grow by a factor."""
+
+    edges: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class PairStatistics:
     prompt_characters: Spread
     chosen_characters: Spread
@@ -39,6 +49,7 @@ class PairStatistics:
     distinct_prompts: int
     duplicated_pairs: int  # pairs equal to an earlier one
     longer_chosen_share: float | None  # of the pairs of unequal length; None where there is none
+    histograms: dict[str, Histogram] = field(default_factory=dict)  # of characters, by part
 
     def in_words(self) -> list[str]:
         lines = _characters_in_words(
@@ -60,6 +71,7 @@ class UnpairedStatistics:
     duplicated_rows: int  # rows equal to an earlier one, label and all
     desirable: int
     undesirable: int
+    histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def in_words(self) -> list[str]:
         return [
@@ -83,6 +95,7 @@ class ListStatistics:
     distinct_prompts: int
     duplicated_lists: int  # lists equal to an earlier one, order and scores and all
     lists_with_ties: int  # among the scores of a list
+    histograms: dict[str, Histogram] = field(default_factory=dict)
 
     def in_words(self) -> list[str]:
         return [
@@ -139,6 +152,7 @@ class Gatherer:
             distinct_prompts=len(self._prompts),
             duplicated_pairs=duplicated,
             longer_chosen_share=float((unequal > 0).mean()) if len(unequal) else None,
+            histograms=self._histograms(chosen=chosen, rejected=rejected),
         )
 
     def _of_unpaired(self, prompt: Spread, duplicated: int) -> UnpairedStatistics:
@@ -152,6 +166,7 @@ class Gatherer:
             duplicated_rows=duplicated,
             desirable=len(desirable),
             undesirable=len(undesirable),
+            histograms=self._histograms(desirable=desirable, undesirable=undesirable),
         )
 
     def _of_lists(self, prompt: Spread, duplicated: int) -> ListStatistics:
@@ -168,7 +183,19 @@ class Gatherer:
             distinct_prompts=len(self._prompts),
             duplicated_lists=duplicated,
             lists_with_ties=sum(len(set(scores)) < len(scores) for scores in self._judgements),
+            histograms=self._histograms(best=best, other=others),
         )
+
+    def _histograms(self, **replies: Sequence[int] | np.ndarray) -> dict[str, Histogram]:
+        """Of the prompts' lengths and these, all with the same edges."""
+        parts = {"prompt": self._prompt_lengths, **replies}
+        longest = max(int(np.max(lengths)) for lengths in parts.values() if len(lengths))
+        edges = np.unique(np.geomspace(1, longest + 1, _BINS + 1).round().astype(int))
+        return {
+            name: Histogram(edges.tolist(), np.histogram(lengths, edges)[0].tolist())
+            for name, lengths in parts.items()
+            if len(lengths)
+        }
 
 
 def _digest(value: Any) -> bytes:

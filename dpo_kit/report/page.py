@@ -33,6 +33,10 @@ class Drawn:
     title: str
     uri: str
 
+    @classmethod
+    def of(cls, name: str, title: str, png: bytes) -> Drawn:
+        return cls(name, title, "data:image/png;base64," + base64.b64encode(png).decode())
+
 
 def write_report(run: Path | str) -> Path:
     """Write RUN/report.html and RUN/plots/*.png, and return the page's path.
@@ -40,13 +44,13 @@ def write_report(run: Path | str) -> Path:
     Raises InputError where RUN is not a run folder, a file in it cannot be read, or the `report` extra
     is not installed.
     """
-    _require_extra()
+    require_extra()
     record = read_run(run)
     words = words_of([record])
     drawn = _draw(pictures(words), [record], [record.name])
     shown = record.samples[:SAMPLES_SHOWN]
     environment = record.environment
-    html = _render(
+    html = render(
         "page.html.j2",
         title=record.name,
         cards=cards(record),
@@ -60,7 +64,7 @@ def write_report(run: Path | str) -> Path:
         recipe=record.recipe_text,
         environment=None if environment is None else _yaml(environment),
     )
-    return _write(record.path, html, drawn)
+    return write_page(record.path / "report.html", html, drawn)
 
 
 def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
@@ -69,7 +73,7 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
     Runs of the same name are called by as much of their path as tells them apart. Raises InputError as
     write_report does, for fewer than two runs, for a run given twice, and where OUT is itself a run.
     """
-    _require_extra()
+    require_extra()
     from dpo_kit.report import plots
 
     out = Path(out)
@@ -83,7 +87,7 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
     labels = _labels(records)
     words = words_of(records)
     drawn = _draw(comparison_pictures(words), records, labels)
-    html = _render(
+    html = render(
         "comparison.html.j2",
         title="Comparison of " + " and ".join([", ".join(labels[:-1]), labels[-1]]),
         runs=[
@@ -96,10 +100,11 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
         others=other_figures(records),
         differences=recipe_differences(records),
     )
-    return _write(out, html, drawn)
+    return write_page(out / "report.html", html, drawn)
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
+    """Raises `InputError` where what pages are made with is not installed."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -129,8 +134,7 @@ def _draw(wanted: Sequence[Picture], runs: Sequence[Run], labels: Sequence[str])
     for picture in wanted:
         png = plots.draw(picture, runs, labels)
         if png is not None:
-            uri = "data:image/png;base64," + base64.b64encode(png).decode()
-            drawn[Drawn(picture.name, picture.title, uri)] = png
+            drawn[Drawn.of(picture.name, picture.title, png)] = png
     return drawn
 
 
@@ -155,11 +159,12 @@ def _yaml(value: dict[str, Any]) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, *, folders: Sequence[Path] = (), **values: Any) -> str:
+    """The template, which may extend those of reports, filled in; `folders` hold templates of one's own."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -168,20 +173,22 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _write(folder: Path, html: str, drawn: dict[Drawn, bytes]) -> Path:
+def write_page(page: Path, html: str, drawn: dict[Drawn, bytes]) -> Path:
+    """Write the page, and its pictures into `plots` beside it."""
     try:
-        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        (page.parent / "plots").mkdir(parents=True, exist_ok=True)
         for picture, png in drawn.items():
-            _write_whole(folder / "plots" / f"{picture.name}.png", png)
+            write_whole(page.parent / "plots" / f"{picture.name}.png", png)
         # JSON can hold half a surrogate pair, which UTF-8 cannot: it is shown by its number.
-        _write_whole(folder / "report.html", html.encode("utf-8", "backslashreplace"))
+        write_whole(page, html.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        place = error.filename or folder
+        place = error.filename or page.parent
         raise InputError(f"cannot be written ({error.strerror})", file=place) from error
-    return folder / "report.html"
+    return page
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

@@ -71,7 +71,7 @@ def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes 
     all_axes[0].set_title(picture.title, loc="left", fontsize=11, fontweight="bold", parse_math=False)
     legends = []
     for axes, panel in zip(all_axes, filled, strict=True):
-        _dress(axes, panel.ylabel)
+        dress(axes, panel.ylabel)
         if panel.zero:
             axes.axhline(0, color=GREY, linewidth=1)
         one = len(runs) == 1
@@ -81,10 +81,10 @@ def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes 
             axes.set_ylim(max(low, -0.02), min(high, 1.02))
     _place_legends(figure, filled, legends, repeat=len(runs) == 1)
     all_axes[-1].set_xlabel("optimiser step")
-    return _png(figure)
+    return png_of(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def png_of(figure: Figure) -> bytes:
     """The figure as a PNG with a palette of 128 colours, a quarter of the size of one in full colour."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -100,7 +100,8 @@ def _has_data(run: Run, key: str) -> bool:
     return bool(np.isfinite(run.curve(key)[1]).any())
 
 
-def _dress(axes: Axes, ylabel: str) -> None:
+def dress(axes: Axes, ylabel: str) -> None:
+    """Give axes the look of all pictures."""
     axes.set_facecolor("white")
     axes.set_ylabel(ylabel)
     axes.grid(color="#e5e7eb", linewidth=0.7)

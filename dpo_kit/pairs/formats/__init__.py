@@ -3,7 +3,7 @@
 `registry` holds them and finds the one that fits a row; the other modules hold the adapters, by family.
 """
 
-from dpo_kit.pairs.formats import alike, dialogues
+from dpo_kit.pairs.formats import alike, arenas, comparisons, dialogues, instructions, ranked, trees
 from dpo_kit.pairs.formats.registry import (
     FORMATS,
     Convert,
@@ -17,6 +17,8 @@ from dpo_kit.pairs.formats.registry import (
 )
 
 add_formats((*alike.FORMATS, *dialogues.FORMATS))
+add_formats((*instructions.FORMATS, *comparisons.FORMATS, *arenas.FORMATS))
+add_formats((*ranked.FORMATS, *trees.FORMATS))
 
 __all__ = [
     "FORMATS",

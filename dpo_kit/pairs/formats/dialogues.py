@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_kit.pairs.formats.registry import Format, Row
+from dpo_kit.pairs.formats.registry import Convert, Format, Row
+from dpo_kit.pairs.kinds import UNPAIRED
 from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, filled_extras, kind_of
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -17,6 +18,13 @@ SHAREGPT_ROLES = {
     "bing": "assistant",
     "model": "assistant",
     "system": "system",
+    "developer": "developer",
+    # Of a call only its text is known here, and what a template would write for it is not.
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "tool_response": "tool",
+    "tool": "tool",
 }
 
 
@@ -54,20 +62,37 @@ def _hh(row: Row) -> Row:
     return {"prompt": chosen_prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _sharegpt(row: Row) -> Row:
-    turns = row["conversations"]
+def _sharegpt(turns: str) -> Convert:
+    """The adapter of rows with the turns before the reply in this column."""
+
+    def convert(row: Row) -> Row:
+        prompt = _sharegpt_prompt(row, turns)
+        return {
+            "prompt": prompt,
+            **{name: _sharegpt_reply(row[name], name) for name in ("chosen", "rejected")},
+        }
+
+    return convert
+
+
+def _sharegpt_kto(row: Row) -> Row:
+    return {"completion": _sharegpt_prompt(row, "conversations"), "label": row["kto_tag"]}
+
+
+def _sharegpt_prompt(row: Row, field: str) -> list[dict]:
+    turns = row[field]
     if not isinstance(turns, list):
-        raise BadRow(f"expected a list of turns, found {kind_of(turns)}", field="conversations")
-    prompt = [_sharegpt_turn(turn, f"conversations[{i}]") for i, turn in enumerate(turns)]
-    replies = {name: _sharegpt_reply(row[name], name) for name in ("chosen", "rejected")}
+        raise BadRow(f"expected a list of turns, found {kind_of(turns)}", field=field)
+    prompt = [_sharegpt_turn(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
     system = row.get("system")
-    if system is not None and checked_text(system, "system"):
-        first = {"role": "system", "content": system}
-        if not prompt or prompt[0]["role"] != "system":
-            prompt = [first, *prompt]
-        elif prompt[0] != first:
-            raise BadRow("the system text is not that of the conversation's own system turn", field="system")
-    return {"prompt": prompt, **replies}
+    if system is None or not checked_text(system, "system"):
+        return prompt
+    first = {"role": "system", "content": system}
+    if not prompt or prompt[0]["role"] != "system":
+        return [first, *prompt]
+    if prompt[0] != first:
+        raise BadRow("the system text is not that of the conversation's own system turn", field="system")
+    return prompt
 
 
 def _sharegpt_reply(reply: Any, field: str) -> list[dict]:
@@ -84,21 +109,32 @@ def _sharegpt_turn(turn: Any, field: str) -> dict[str, Any]:
     """{from, value} or {role, content} -> a message, with whatever else the turn says still there."""
     if not isinstance(turn, dict):
         raise BadRow(f"expected a turn with from and value, found {kind_of(turn)}", field=field)
-    role_key, text_key = ("from", "value") if "from" in turn or "value" in turn else ("role", "content")
-    for key in (role_key, text_key):
-        if key not in turn:
-            raise BadRow("the turn has no such key", field=f"{field}.{key}")
-    role, text = turn[role_key], turn[text_key]
+    sharegpt = "from" in turn or "value" in turn
+    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    if role_key not in turn or (sharegpt and text_key not in turn):
+        missing = role_key if role_key not in turn else text_key
+        raise BadRow("the turn has no such key", field=f"{field}.{missing}")
+    role = turn[role_key]
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         found = f"'{role}'" if isinstance(role, str) else kind_of(role)
         known = ", ".join(SHAREGPT_ROLES)
         raise BadRow(f"unknown role {found}", field=f"{field}.{role_key}", mend=f"Known roles: {known}")
+    if not sharegpt:
+        return {**turn, "role": SHAREGPT_ROLES[role]}
     extras = filled_extras(turn, (role_key, text_key))
     if extras.keys() & {"role", "content"}:
         raise BadRow("the turn has both from and value and role and content", field=field)
+    text = turn[text_key]
     if text is not None or not extras:
         checked_text(text, f"{field}.{text_key}")
     return {**extras, "role": SHAREGPT_ROLES[role], "content": text}
+
+
+def _not_turns(row: Row) -> list[str]:
+    """Detection: replies beside the messages, and no prompt; not conversations with a copy of one of them."""
+    lists = [name for name in ("chosen", "rejected") if isinstance(row.get(name), list)]
+    beside = ["a row without 'prompt'"] if "prompt" in row else []
+    return [f"text or one turn in '{name}'" for name in lists] + beside
 
 
 FORMATS = (
@@ -106,9 +142,39 @@ FORMATS = (
         "sharegpt",
         "{conversations: [{from, value}], chosen, rejected} (hiyouga/LLaMA-Factory)",
         ("conversations", "chosen", "rejected"),
-        _sharegpt,
+        _sharegpt("conversations"),
         optional=("system",),
         prompt_field="conversations",
+    ),
+    Format(
+        "messages_and_replies",
+        "{messages: [{role, content}], chosen, rejected} as text or one turn each (LLaMA-Factory's openai "
+        "format, ranked)",
+        ("messages", "chosen", "rejected"),
+        _sharegpt("messages"),
+        _not_turns,
+        optional=("system",),
+        prompt_field="messages",
+    ),
+    Format(
+        "ultrainteract",
+        "{trajectory: [{from, value}], chosen, rejected}: the next action, better and worse "
+        "(openbmb/UltraInteract_pair)",
+        ("trajectory", "chosen", "rejected"),
+        _sharegpt("trajectory"),
+        optional=("system",),
+        prompt_field="trajectory",
+    ),
+    Format(
+        "sharegpt_kto",
+        "{conversations: [{from, value}], kto_tag: true where the last reply is desirable} "
+        "(hiyouga/LLaMA-Factory)",
+        ("conversations", "kto_tag"),
+        _sharegpt_kto,
+        optional=("system",),
+        prompt_field="conversations",
+        names={"label": "kto_tag"},
+        kind=UNPAIRED,
     ),
     Format(
         "hh",

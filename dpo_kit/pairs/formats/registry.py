@@ -15,11 +15,12 @@ from typing import Any, Literal
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.canonical import canonical_row
 from dpo_kit.pairs.choosing import turned
+from dpo_kit.pairs.formats.guessing import guessed_mapping, in_words
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, PAIRS, SCORED, Kind
 from dpo_kit.pairs.schema import SCORES, BadRow, Place, UnusablePair, checked_extras, finite, need
 
 Row = Mapping[str, Any]
-Convert = Callable[[Row], Row | list[Row]]
+Convert = Callable[[Row], Row | Sequence[Row | UnusablePair]]
 
 
 def _nothing(row: Row) -> list[str]:
@@ -30,10 +31,11 @@ def _nothing(row: Row) -> list[str]:
 class Format:
     """One shape: its name, what it looks like and where it comes from, and its adapter.
 
-    `convert(row)` gives what `canonical_row` takes as one of the `kind`, or a list of such, and raises
-    `BadRow` or `UnusablePair`; it need not copy the `common_fields`. Where a row says which of two replies
-    is better, the adapter gives them in their order as `chosen` and `rejected`, with `preference`, the
-    share of the judgement that is for the first: 1, 0, 0.5 for a tie, or any share of several votes.
+    `convert(row)` gives what `canonical_row` takes as one of the `kind`, or a list of such and of the
+    `UnusablePair`s beside them, and raises `BadRow` or `UnusablePair`; it need not copy the
+    `common_fields`. Where a row says which of two replies is better, the adapter gives them in their order
+    as `chosen` and `rejected`, with `preference`, the share of the judgement that is for the first: 1, 0,
+    0.5 for a tie, or any share of several votes.
 
     Attributes:
         fields: the columns that every row of this shape has.
@@ -41,6 +43,7 @@ class Format:
         optional: columns that `convert` looks at too.
         prompt_field: what the prompt is called on disk; `names`, what other canonical fields are.
         judgements: where a row has several, `convert` for each by its name; the first is the default.
+        takes_common: the `common_fields` are taken from the row under their own names.
     """
 
     name: str
@@ -53,10 +56,13 @@ class Format:
     names: Mapping[str, str] = field(default_factory=dict)
     kind: Kind = PAIRS
     judgements: Mapping[str, Convert] = field(default_factory=dict)
+    takes_common: bool = True
 
     @property
     def common_fields(self) -> frozenset[str]:
         """Columns that any format of this kind may have."""
+        if not self.takes_common:
+            return frozenset()
         return frozenset((*self.kind.extras, *(SCORES if self.kind == PAIRS else ())))
 
     def missing(self, row: Row) -> list[str]:
@@ -92,13 +98,17 @@ class Format:
         try:
             converted = convert(row)
         except UnusablePair as unusable:
-            checked_extras(row, self.kind)  # a bad row is bad whatever else is the matter with it
+            if self.takes_common:
+                checked_extras(row, self.kind)  # a bad row is bad whatever else is the matter with it
             yield unusable
             return
         except KeyError as error:  # the natural `row["question"]["text"]` of an adapter of the user's
             raise BadRow(f"format '{self.name}' finds no {error} in the row") from error
         extras = {name: row[name] for name in self.common_fields if name in row}
         for part in converted if isinstance(converted, list) else [converted]:
+            if isinstance(part, UnusablePair):
+                yield part
+                continue
             if not isinstance(part, Mapping):
                 raise TypeError(f"format '{self.name}': convert must return a row, not {type(part).__name__}")
             yield self._checked({**extras, **part})
@@ -202,14 +212,24 @@ def detected_format(row: Row, place: Place) -> Format:
     fitting = [form for form in FORMATS.values() if not form.lacks(row)]
     if fitting:
         return max(fitting, key=lambda form: (form.name in _OWN, len(form.fields)))
-    nearest = sorted(FORMATS.values(), key=lambda form: (len(form.lacks(row)), -len(form.fields)))[:3]
+    nearest = sorted(FORMATS.values(), key=lambda form: _distance(form, row))[:3]
     words = [f"'{form.name}' lacks {', '.join(form.lacks(row))}" for form in nearest]
     if all(isinstance(row.get(name), str) for name in ("chosen", "rejected")):
         words.append("where a reply begins in a whole text cannot be told from its characters")
     first = nearest[0]
+    guess = guessed_mapping(row)
+    example = f", as perhaps: {in_words(guess)}" if guess else ""
     raise place.error(
         f"no known format has these columns: {', '.join(map(str, row)) or 'none'}. "
         f"The nearest: {'; '.join(words)}",
         field=first.missing(row)[0] if len(first.lacks(row)) == 1 and first.missing(row) else None,
-        mend="Rename or add fields, name the format, or give a mapping (data.mapping, --map)",
+        mend=f"Rename or add fields, name the format, or give a mapping (data.mapping, --map){example}",
     )
+
+
+def _distance(form: Format, row: Row) -> tuple[float, int]:
+    """How far a row is from a shape: what it lacks, a field less where a column's name is like its own."""
+    missing = form.missing(row)
+    free = [str(name) for name in row if name not in form.fields]
+    alike = sum(bool(difflib.get_close_matches(name, free, n=1, cutoff=0.6)) for name in missing)
+    return len(form.lacks(row)) - 0.5 * alike, -(len(form.fields) - len(missing))

@@ -1,0 +1,90 @@
+"""What several commands take from the command line: sources, --json, and how preference data is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from dpo_kit.errors import InputError
+from dpo_kit.pairs.options import LoadOptions
+
+Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs or hf://owner/name@split.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def with_load_options(
+    *, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for a command that takes `options: LoadOptions`: each of its fields becomes an option.
+
+    `without` names fields that the command has no use for; `defaults` are the command's own. The mapping is
+    put together from `--map field=path`, as often as given.
+    """
+    shown = [field for field in fields(LoadOptions) if field.name not in without]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def called(**given: Any) -> None:
+            loading = {field.name: given.pop(field.name) for field in shown}
+            loading["mapping"] = mapping_of(loading["mapping"] or [])
+            command(**given, options=LoadOptions.of(**loading))
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.name != "options"]
+        parameters += [_parameter(field, defaults) for field in shown]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del called.__wrapped__  # its annotations speak of `options`
+        return called
+
+    return decorate
+
+
+def _parameter(field: Field[Any], defaults: dict[str, Any]) -> inspect.Parameter:
+    kind = get_type_hints(LoadOptions)[field.name]
+    default = defaults.get(field.name, field.default)
+    assert default is not MISSING
+    name = f"--{field.name.replace('_', '-')}"
+    if field.name == "mapping":
+        kind, name = list[str] | None, "--map"
+    elif isinstance(default, str):
+        kind = str  # of the words that it may be, LoadOptions names the nearest
+    option = typer.Option(name, help=field.metadata.get("help"), rich_help_panel="How rows are loaded")
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def mapping_of(given: Sequence[str]) -> dict[str, Any] | None:
+    """`["prompt=q.text", "values.first=A,B"]` -> `{"prompt": "q.text", "values": {"first": ["A", "B"]}}`.
+
+    A value under `values` that reads as a JSON number, true, false or null is one. Raises `InputError`.
+    """
+    mapping: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InputError(
+                f"expected field=path, found '{text}'", field="--map", mend="As in --map prompt=question.text"
+            )
+        outer, dot, inner = name.partition(".")
+        place = mapping.setdefault(outer, {}) if dot else mapping
+        key = inner if dot else outer
+        if not isinstance(place, dict) or key in place:
+            raise InputError(f"'{name}' is given twice", field="--map", mend="Give each field once")
+        place[key] = [_scalar(part) for part in value.split(",")] if dot else value
+    return mapping or None
+
+
+def _scalar(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, list | dict | str) else value

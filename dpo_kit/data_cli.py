@@ -1,0 +1,166 @@
+"""`dpo-kit data`: look at preference data, convert it, split it; the known data sets and shapes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpo_kit.cli_options import Json, Sources, with_load_options
+from dpo_kit.pairs.options import LoadOptions
+
+data_app = typer.Typer(no_args_is_help=True, help="Look at preference data, convert it, split it.")
+
+
+@data_app.command("inspect")
+@with_load_options(without=("invalid",))
+def inspect(
+    sources: Sources,
+    options: LoadOptions,
+    held_out: Annotated[list[str] | None, typer.Option("--eval", help="A source of held-out data.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id, to count tokens; default: beside the model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id, to estimate time and memory; not loaded.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Of training, in tokens of prompt and reply.")] = 1024,
+    overlong: Annotated[str, typer.Option(help="What becomes of longer ones in training.")] = "drop",
+    batch_size: Annotated[int, typer.Option(help="Examples of a training step.")] = 64,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for a page, pictures and lists of rows.")] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit status 1 where a finding is grave or a row unusable.")
+    ] = False,
+    strict_level: Annotated[str, typer.Option(help="What is grave: error, warning (or error).")] = "warning",
+) -> None:
+    """What is in preference data, what is wrong with it, and what training on it would cost."""
+    from dataclasses import asdict
+
+    from dpo_kit.audit import inspect_pairs
+    from dpo_kit.audit.show import objections, print_audit
+
+    loading = {name: value for name, value in asdict(options).items() if name != "invalid"}
+    # A measurement of the model may print; stdout is for the result.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = inspect_pairs(
+            sources,
+            held_out=held_out or None,
+            tokenizer=tokenizer or model,
+            model=model,
+            max_length=max_length,
+            overlong=overlong,
+            batch_size=batch_size,
+            **loading,
+        )
+        grave = objections(found, strict_level) if strict else []
+        page = _write_audit(found, sources, out)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        print_audit(found)
+    if page:
+        _say(f"page: {page}")
+    if grave:
+        _say(f"strict: {'; '.join(grave)}")
+        raise typer.Exit(1)
+
+
+def _write_audit(found: Any, sources: Sequence[str], out: Path | None) -> Path | None:
+    if out is None:
+        return None
+    from dpo_kit.audit.page import write_audit
+
+    return write_audit(found, out, title=", ".join(Path(source).name for source in sources))
+
+
+@data_app.command("convert")
+@with_load_options()
+def convert(
+    sources: Sources,
+    out: Annotated[Path, typer.Argument(help="File to write: .jsonl (.gz, .zst), .json or .parquet.")],
+    options: LoadOptions,
+    as_json: Json = False,
+) -> None:
+    """Write canonical rows; where each comes from stands in its `origin`."""
+    from dpo_kit.pairs.writing import convert_pairs
+
+    report = convert_pairs(sources, out, options)
+    if as_json:
+        print(json.dumps({"out": str(out), **report.to_dict()}, ensure_ascii=False))
+        return
+    _say(report.summary())
+    _say(f"wrote {report.made:,} rows to {out}")
+
+
+@data_app.command("split")
+@with_load_options()
+def split(
+    sources: Sources,
+    train: Annotated[Path, typer.Option("--train", help="File to write, as of convert.")],
+    held_out: Annotated[Path, typer.Option("--eval", help="File to write.")],
+    options: LoadOptions,
+    share: Annotated[float, typer.Option("--eval-share", help="Of the prompts, held out, about.")] = 0.05,
+    prompts: Annotated[
+        int | None, typer.Option("--eval-prompts", help="So many prompts, in place of a share.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Canonical rows in two files, no prompt in both.
+
+    The prompt and --seed alone decide, so that more data later moves no earlier prompt (with --eval-prompts,
+    it may). Prompts are the same if they differ in case, white space and Unicode form only.
+    """
+    from dpo_kit.pairs.splitting import split_pairs
+
+    found = split_pairs(sources, train, held_out, share=share, prompts=prompts, options=options)
+    if as_json:
+        sides = {
+            "train": {"out": str(train), "rows": found.train_rows, "prompts": found.train_prompts},
+            "eval": {"out": str(held_out), "rows": found.held_out_rows, "prompts": found.held_out_prompts},
+        }
+        print(json.dumps({**sides, **found.report.to_dict()}, ensure_ascii=False))
+        return
+    _say(found.report.summary())
+    _say(f"wrote {found.train_rows:,} rows of {found.train_prompts:,} prompts to {train}")
+    _say(f"wrote {found.held_out_rows:,} rows of {found.held_out_prompts:,} prompts to {held_out}")
+
+
+@data_app.command("list")
+def list_data_sets(as_json: Json = False) -> None:
+    """Public data sets by name: where they are, their licence and shape, and what to cite."""
+    from dpo_kit.audit.show import print_records
+    from dpo_kit.pairs.catalogue import CATALOGUE
+
+    entries = [entry.to_dict() for entry in CATALOGUE]
+    if as_json:
+        print(json.dumps(entries, ensure_ascii=False))
+    else:
+        print_records(entries)
+
+
+@data_app.command("formats")
+def list_formats(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/data.md has it.")] = False,
+) -> None:
+    """The shapes of rows that are known, each with its fields."""
+    from dpo_kit.audit.show import print_records
+    from dpo_kit.pairs.formats.table import markdown as as_markdown
+    from dpo_kit.pairs.formats.table import shapes
+
+    if markdown:
+        print(as_markdown())
+    elif as_json:
+        print(json.dumps(shapes(), ensure_ascii=False))
+    else:
+        print_records(shapes())
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
