@@ -9,6 +9,7 @@ with a token across the border, and tokenizers that are more than a `tokenizers`
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from dpo_kit.borders import gives_back_bytes, is_plain_backend, safe_cut
 from dpo_kit.chat import RowText
 from dpo_kit.encoding import encode_texts, opening_of, texts_of, without_end
 
-ROWS_AT_ONCE = 512
+ROWS_AT_ONCE = 256
 
 
 @dataclass
@@ -128,13 +129,15 @@ class _Batch:
         """Texts are made ready, and ids taken over, while the tokenizer's threads work on others."""
         encode = self._tokenizer.backend_tokenizer.encode_batch_fast
         cut = safe_cut(self._tokenizer)
-        running: Future | None = None
-        with ThreadPoolExecutor(1) as thread:
+        running: deque[Future] = deque()
+        # Two calls at a time, since a call's own beginning and end use one core only.
+        with ThreadPoolExecutor(2) as threads:
             while some := list(islice(texts, ROWS_AT_ONCE)):
-                following = thread.submit(encode, self._new(some, cut), add_special_tokens=False)
-                self._take_over(running)
-                running = following
-            self._take_over(running)
+                running.append(threads.submit(encode, self._new(some, cut), add_special_tokens=False))
+                if len(running) > 2:
+                    self._take_over(running.popleft())
+            while running:
+                self._take_over(running.popleft())
 
     def _new(self, texts: list[RowText], cut: Callable[[str], int]) -> list[str]:
         """The texts that some more rows need, and no row before them did."""
@@ -150,8 +153,8 @@ class _Batch:
         self._texts += texts
         return list(islice(number, known, None))
 
-    def _take_over(self, running: Future | None) -> None:
-        for encoding in running.result() if running else ():
+    def _take_over(self, done: Future) -> None:
+        for encoding in done.result():
             self._append(encoding.ids)
 
     def _append(self, ids: list[int]) -> int:

@@ -53,14 +53,16 @@ def safe_cut(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
 
 
 def gives_back_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ids of any text are ids of its bytes, so that decoding gives back each part of it for itself."""
+    """Whether ids stand for the bytes of a text and no more, so that each part decodes for itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.normalizer is not None or type(backend.decoder).__name__ != "ByteLevel":
         return False
     if any(backend.token_to_id(letter) is None for letter in ByteLevel.alphabet()):
         return False
     added = backend.get_added_tokens_decoder().items()
-    return all(backend.decode([i], skip_special_tokens=False) == token.content for i, token in added)
+    known = [("a b\n", backend.encode("a b\n", add_special_tokens=False).ids)]
+    known += [(token.content, [i]) for i, token in added]
+    return all(backend.decode(ids, skip_special_tokens=False) == text for text, ids in known)
 
 
 def is_plain_backend(tokenizer: PreTrainedTokenizerBase) -> bool:

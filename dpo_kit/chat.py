@@ -6,7 +6,6 @@ What a template would lose of a reply is refused, never dropped; what it loses o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import kind_of_columns
 from dpo_kit.pairs.leaves import THINK, THOUGHT, Mark, changed, holds, marked
 from dpo_kit.pairs.messages import arguments_as_text, has_extras, readable
-from dpo_kit.pairs.schema import BadRow
+from dpo_kit.pairs.schema import BadRow, parsed_json
 from dpo_kit.pairs.schema import template_kwargs as checked_template_kwargs
 
 # Stands for a reply's content to see what the template writes around it; no template takes it apart.
@@ -41,16 +40,6 @@ class RowText:
     replies: list[str]
     ends: list[str]
     templated: bool
-
-    @property
-    def end(self) -> str:
-        """The one token that closes all replies; raises `InputError` where they end differently."""
-        if len(set(self.ends)) > 1:
-            raise InputError(
-                f"the chat template ends the replies of a row with different tokens: {', '.join(self.ends)}",
-                mend="Leave out the rows where one reply calls a tool and the other does not",
-            )
-        return self.ends[0]
 
 
 def row_text(
@@ -268,17 +257,28 @@ def _with_extras(chat: _Chat, messages: list[dict], prompt: str, field: str, mes
             mend="Where the prompt closes the reasoning (enable_thinking), take the reply's out; "
             "or use another template",
         )
-    said: list[Mark] = []
-    changed([message], field, lambda place, leaf: marked(place, leaf, said))
-    for _, place, leaf in said:
-        if not holds(text, leaf):
-            raise InputError(
-                "the chat template drops this part of the reply",
-                file=chat.source,
-                field=place,
-                mend="Use a tokenizer whose template writes it, or write what it says into the content",
-            )
+    for place in _lost(chat, messages, field, message, text):
+        raise InputError(
+            "the chat template drops this part of the reply",
+            file=chat.source,
+            field=place,
+            mend="Use a tokenizer whose template writes it, or write what it says into the content",
+        )
     return text
+
+
+def _lost(chat: _Chat, messages: list[dict], field: str, message: dict, text: str) -> list[str]:
+    """The places in a reply whose text is not in the reply's; a mark finds out a short one, such as "2"."""
+    said: list[Mark] = []
+    signed = changed([message], field, lambda place, leaf: marked(place, leaf, said))
+    whole = None
+    with suppress(InputError):  # of the marks: without them the template took the reply
+        whole = chat.render([*messages, *signed])
+    return [
+        place
+        for sign, place, leaf in said
+        if not holds(text, leaf) or (whole is not None and sign not in whole)
+    ]
 
 
 def _after_prompt(chat: _Chat, messages: list[dict], prompt: str, message: dict) -> str | None:
@@ -314,14 +314,14 @@ def _tools(row: Mapping[str, Any]) -> list | None:
     if not row.get("tools"):
         return None
     try:
-        return json.loads(row["tools"])
-    except ValueError as error:
+        return parsed_json(row["tools"], "tools")
+    except BadRow as bad:
         raise InputError(
-            f"not JSON: {error}",
+            bad.message,
             file=row.get("source"),
             field="tools",
             mend="Write the list of tool descriptions as JSON text",
-        ) from error
+        ) from bad
 
 
 def _join(prompt: str, before: str, content: str) -> str:

@@ -37,14 +37,21 @@ def inspect(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit status 1 where a finding is grave or a row unusable.")
     ] = False,
-    strict_level: Annotated[str, typer.Option(help="What is grave: error, warning (or error).")] = "warning",
+    strict_level: Annotated[
+        str, typer.Option(help="What is grave: warning (errors too), or error alone.")
+    ] = "warning",
 ) -> None:
     """What is in preference data, what is wrong with it, and what training on it would cost."""
     from dataclasses import asdict
 
     from dpo_kit.audit import inspect_pairs
-    from dpo_kit.audit.show import objections, print_audit
+    from dpo_kit.audit.show import objections, print_audit, require_level
+    from dpo_kit.report.page import require_extra
 
+    # What is wrong with the command line is said before a long look at the data.
+    require_level(strict_level)
+    if out is not None:
+        require_extra()
     loading = {name: value for name, value in asdict(options).items() if name != "invalid"}
     # A measurement of the model may print; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):

@@ -56,6 +56,7 @@ GOOD: dict[str, list[GoodRow]] = {
     "orca_dpo": [GoodRow({"system": "«P»", "question": "«P»", "chosen": "«A»", "rejected": "«B»"})],
     "orca_dpo_input": [GoodRow({"system": "", "input": "«P»", "chosen": "«A»", "rejected": "«B»"})],
     "system_prompt": [GoodRow({"system": "«P»", "prompt": "«P»", "chosen": "«A»", "rejected": "«B»"})],
+    "question": [GoodRow({"question": "«P»", "chosen": "«A»", "rejected": "«B»"})],
     "question_responses": [
         GoodRow({"question": "«P»", "response_chosen": "«A»", "response_rejected": "«B»"}),
         GoodRow(

@@ -160,7 +160,7 @@ def test_a_model_that_is_too_large_is_said_to_be(tmp_path, bytewise, monkeypatch
     found = {finding.name: finding for finding in audit.findings}
     assert found["model_too_large"].severity == "warning"
     assert "0.0001 GB" in found["model_too_large"].sentence
-    assert "billion parameters" in found["cost"].sentence
+    assert "million parameters takes" in found["cost"].sentence
 
 
 def test_a_models_folder_is_read_without_its_weights(tmp_path, bytewise):

@@ -46,7 +46,10 @@ FIGURES = {
         },
     },
     "cost": {"batch_size": 8, "distinct": 600, "separate": 1000, "padded": 3000, "saved_share": 0.4},
-    "languages": {"scripts": {"Latin": 50, HOSTILE: 20}},
+    "languages": {
+        "scripts": {side: {"Latin": 0.7, HOSTILE: 0.3} for side in ("prompt", "chosen", "rejected")},
+        "languages_guessed": {side: {"English": 0.999, "French": 0.001} for side in ("prompt", "chosen")},
+    },
     "duplicates": {"rows_per_prompt": {"1": 30, "2-3": 5}},
 }
 

@@ -74,6 +74,25 @@ def test_shorter_replies_are_a_bias_too_and_a_sure_rule_is_an_error():
     assert {finding.severity for finding in found.findings if finding.name == "shallow_labels"} == {"error"}
 
 
+def test_a_small_set_is_not_accused_by_chance():
+    def severities(right, count):
+        pairs = [pair(i, *(("aa", "b") if i < right else ("a", "bb"))) for i in range(count)]
+        return [f.severity for f in result_of(pairs).findings if f.name == "length_bias"]
+
+    # 9 of 10 are 0.60 to 0.98, 90 of 100 are 0.83 to 0.94.
+    assert severities(9, 10) == ["note"]
+    assert severities(90, 100) == ["error"]
+    assert severities(6, 10) == []
+
+
+def test_a_length_that_mostly_does_not_differ_is_no_bias():
+    pairs = [pair(i, "aa", "b" if i < 50 else "bb") for i in range(500)]
+    found = result_of(pairs)
+    assert found.figures["length_rule"]["longer_chosen"] == 1.0
+    assert found.figures["length_rule"]["accuracy"] == 0.55
+    assert "length_bias" not in [finding.name for finding in found.findings]
+
+
 def test_random_labels_cannot_be_won():
     found = result_of(planted(0.5))
     assert found.findings == ()

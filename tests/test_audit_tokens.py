@@ -1,5 +1,6 @@
 """What a tokenizer makes of data, on rows small enough to count by hand, and on real HH."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,16 @@ def test_what_a_template_leaves_out_is_named_without_its_place(tmp_path, chat):
     assert (found.severity, found.places) == ("warning", (f"{file}:1", f"{file}:3"))
 
 
+def test_reasoning_of_a_preferred_reply_that_is_left_out_is_an_error(tmp_path, chat):
+    lost = messages("Hi", "Hello", "Bye")
+    lost["chosen"][0]["reasoning_content"] = "A greeting."
+    file = write(tmp_path / "a.jsonl", messages("Hi", "Hello", "Bye"), lost)
+    audit = inspect_pairs(file, tokenizer=chat)
+    found = findings(audit)["dropped_by_template"]
+    assert (found.severity, found.places) == ("error", (f"{file}:2",))
+    assert audit.figures["templates"]["dropped"] == {"chosen[].reasoning_content": 1}
+
+
 def test_tools_that_a_template_ignores(tmp_path, chat):
     tools = [{"type": "function", "function": {"name": "look", "description": "Looks it up"}}]
     file = write(tmp_path / "a.jsonl", {**messages("Hi", "Hello", "Bye"), "tools": tools})
@@ -263,6 +274,7 @@ def test_hh_in_gpt2s_vocabulary():
     # English prose in a vocabulary made of it.
     assert 4 < tokens["bytes_per_token"] < 4.5
     assert "unfitting_tokenizer" not in findings(audit)
+    json.dumps(audit.to_dict())
     cost = audit.figures["cost"]
     # DESIGN, section 4: 1.62, which counts no end tokens.
     ends = 2 * 2303

@@ -62,8 +62,8 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_misspelt_names_get_the_nearest() -> None:
-    assert "Did you mean 'ultrafeedback' of the catalogue?" in str(error_of("ultrafedback"))
-    assert "Did you mean 'hh-harmless' of the catalogue?" in str(error_of("hh-harmles@test"))
+    assert "Did you mean 'ultrafeedback' of the catalogue" in str(error_of("ultrafedback"))
+    assert "Did you mean 'hh-harmless' of the catalogue" in str(error_of("hh-harmles@test"))
     assert "catalogue" not in str(error_of("no/such/file.jsonl"))
     assert find("Nectar").name == "nectar"
     with pytest.raises(InputError, match="Did you mean 'helpsteer2'"):
@@ -102,6 +102,11 @@ def test_one_file_of_a_hub_set_is_read_as_files_are(hub: Path) -> None:
     assert "Write hf://a/b#c.jsonl" in str(error_of("hf://a/b/config#c.jsonl"))
     assert "the split is not given" in str(error_of(f"hf://{hub}#helpful-base"))
     assert "cannot be loaded" in str(error_of(f"hf://{hub}#no-such-folder@train"))
+
+
+def test_a_set_with_a_loading_script_says_where_its_rows_are(hub: Path) -> None:
+    (hub / "hh.py").write_text("raise SystemExit\n")
+    assert "refs/convert/parquet" in str(error_of(f"hf://{hub}@train"))
 
 
 @pytest.mark.skipif(not HH.is_dir(), reason="the real data of ../shared/data is not here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ CALL = {
     "type": "function",
     "function": {"name": "weather", "arguments": {"city": "Paris", "days": 2}},
 }
+DEEP = reduce(lambda inner, _: [inner], range(300), [])
 ASK = {"role": "user", "content": "How is the weather?"}
 REPLY = {"role": "assistant", "content": "Sunny."}
 
@@ -81,6 +83,11 @@ def test_parts_that_are_not_text_are_left_out_and_counted(file: Path, part: dict
         ({**REPLY, "tool_calls": [{"id": 1}]}, "prompt[0].tool_calls[0]"),
         ({**REPLY, "tool_calls": {"name": "f"}}, "prompt[0].tool_calls"),
         ({**REPLY, "tool_calls": "[{"}, "prompt[0].tool_calls"),
+        ({**REPLY, "tool_calls": [{"name": "f", "arguments": DEEP}]}, "prompt[0].tool_calls"),
+        (
+            {**REPLY, "tool_calls": f'[{{"name": "f", "arguments": {json.dumps(DEEP)}}}]'},
+            "prompt[0].tool_calls",
+        ),
         ({**REPLY, "tool_calls": [{"name": "f", "arguments": {"x": float("nan")}}]}, "prompt[0].tool_calls"),
         ({**REPLY, "reasoning_content": "\ud83d"}, "prompt[0].reasoning_content"),
         ({**ASK, "extras": '{"role": "system"}'}, "prompt[0].extras"),

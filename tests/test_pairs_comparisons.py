@@ -341,6 +341,7 @@ def test_bad_rows_are_named_by_what_stands_on_disk(tmp_path: Path, row: dict, fi
         ),
         ({**KAGGLE, "response_a": "[null]"}, "reply_not_text", "response_a[0]"),
         ({**KAGGLE, "prompt": "[null]"}, "empty_prompt", "prompt[0]"),
+        ({**KAGGLE, "response_b": '["\\ud83d"]'}, "content_not_text", "response_b[0]"),
         (
             {**ARENA, "conversation_a": dialogue([{"type": "image", "image": "x.png"}], "a")},
             "content_not_text",

@@ -127,6 +127,12 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             },
         )
     ],
+    "question": [
+        (
+            {"question": "Name a city.", "chosen": "Paris", "rejected": "London"},
+            {"prompt": "Name a city.", "chosen": "Paris", "rejected": "London"},
+        )
+    ],
     "question_responses": [
         (
             {"question": "Name a city.", "response_chosen": "Paris", "response_rejected": "London"},

@@ -282,7 +282,7 @@ def test_a_mapping_is_a_format_of_its_own(file: Path) -> None:
         ),
         (
             {"question": {"t": 1}, "candidates": [{"text": "x", "votes": 3}]},
-            {"completions": "candidates[*].text", "scores": "candidates[*].votes"},
+            {"prompt": "...", "completions": "candidates[*].text", "scores": "candidates[*].votes"},
         ),
         (
             {"prompt": "q", "reply": "x", "rating": 3},
@@ -293,6 +293,7 @@ def test_a_mapping_is_a_format_of_its_own(file: Path) -> None:
             {"prompt": "prompt", "completion": "reply", "label": "thumbs"},
         ),
         ({"x": 1}, None),
+        ({"chosen": "x", "rejected": "y"}, None),
         ({}, None),
     ],
 )

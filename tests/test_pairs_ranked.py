@@ -88,6 +88,12 @@ def test_replies_that_were_not_judged_are_left_out_and_counted(file: Path, nothi
     assert report.counts == {"nothing_to_compare": 1}
 
 
+def test_a_first_row_without_replies_is_of_the_shape_all_the_same(file: Path) -> None:
+    pairs, report = read_pairs(write(file, {**ULTRAFEEDBACK, "completions": []}, ULTRAFEEDBACK))
+    assert (len(pairs), report.sources[0].format) == (1, "ultrafeedback")
+    assert report.counts == {"nothing_to_compare": 1}
+
+
 @pytest.mark.parametrize("score", ["seven", "1e3", "0x7", "١", [7], True, "7,5"])
 def test_scores_are_read_strictly(file: Path, score: Any) -> None:
     row = {**ULTRAFEEDBACK, "completions": [rated("a", score, 1, "1111"), rated("b", 1, 1, "1111")]}
@@ -260,7 +266,9 @@ def test_the_real_trees() -> None:
     assert {turn["role"] for pair in pairs for turn in pair["prompt"][1::2]} == {"assistant"}
     assert len(read_pairs(OASST, shape="lists")[0]) == len(levels) == 212
     assert len(read_pairs(OASST, pairs="best_worst")[0]) == 212
-    assert len(read_pairs(OASST, pairs="adjacent")[0]) == sum(len(ranked) - 1 for _, ranked in levels) == 429  # 641 ranked replies
+    assert (
+        len(read_pairs(OASST, pairs="adjacent")[0]) == sum(len(ranked) - 1 for _, ranked in levels) == 429
+    )  # 641 ranked replies
 
 
 def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _findings(figures: dict[str, Any]) -> list[Finding]:
     low, high = model["seconds"]
     least, whole = model["memory"]["least"], model["memory"]["whole_step"]
     sentence += (
-        f" A model of {model['parameters'] / 1e9:.3g} billion parameters takes {_duration(low)} to "
+        f" A model of {_parameters(model['parameters'])} takes {_duration(low)} to "
         f"{_duration(high)} and {least / 1e9:.3g} to {whole / 1e9:.3g} GB on this machine "
         f"({model['device']}, {model['dtype']}; estimated)."
     )
@@ -182,6 +182,11 @@ def _findings(figures: dict[str, Any]) -> list[Finding]:
             )
         )
     return found
+
+
+def _parameters(count: int) -> str:
+    size, unit = (1e9, "billion") if count >= 1e9 else (1e6, "million")
+    return f"{count / size:.3g} {unit} parameters"
 
 
 def _duration(seconds: float) -> str:

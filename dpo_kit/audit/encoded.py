@@ -18,7 +18,10 @@ from dpo_kit.audit.faults import Fault
 from dpo_kit.audit.findings import Example, Finding, Result
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import InputError
-from dpo_kit.tokenization import ROWS_PER_BATCH, LengthPolicy
+from dpo_kit.tokenization import LengthPolicy
+
+# Fewer than training encodes at once: nothing but this is held.
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class Encoder:
             return
         self._rows += 1
         self._waiting.append(example)
-        if len(self._waiting) == ROWS_PER_BATCH:
+        if len(self._waiting) == _ROWS_AT_ONCE:
             self._flush()
 
     def result(self) -> Result:

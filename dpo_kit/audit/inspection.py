@@ -6,7 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_kit.audit.damage import Damage
+from dpo_kit.audit.duplicates import Duplicates
 from dpo_kit.audit.findings import Audit, Check, Example
+from dpo_kit.audit.languages import Languages
+from dpo_kit.audit.replies import Replies
 from dpo_kit.audit.shallow import ShallowChecks
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import Kind
@@ -75,8 +79,8 @@ def inspect_pairs(
 
 
 def make_checks() -> list[Check]:
-    """A fresh one of every check."""
-    return [ShallowChecks()]
+    """A fresh one of every check that needs no tokenizer."""
+    return [Duplicates(), Replies(), Damage(), Languages(), ShallowChecks()]
 
 
 def make_token_checks(

@@ -57,7 +57,7 @@ class Signatures:
     def add(self, *texts: list[bytes]) -> None:
         """The words of one text, or of several that are compared in their order as if they were one."""
         self._starts.append(self._waiting)
-        for salt, words in enumerate(texts):
+        for salt, words in enumerate(texts or ([],)):
             self._words += words or [b""]
             self._words += (b"", b"")
             self._lengths.append(len(words) or 1)
@@ -113,7 +113,8 @@ def near_links(signatures_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Texts that share a band's key are compared with the first of them and with their neighbour only: the work
     stays linear, and what one band leaves out another finds.
     """
-    firsts, seconds = [], []
+    none = np.empty(0, np.int64)
+    firsts, seconds = [none], [none]
     for keys in np.ascontiguousarray(signatures_NK).view(np.uint64).T:
         for i, j in _neighbours(keys):
             near = likeness(signatures_NK, i, j) >= NEAR

@@ -7,6 +7,7 @@ come from data.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -31,6 +32,7 @@ _MOST_BARS = 12
 _NAME_CHARACTERS = 30
 # The share that is not of the most frequent kind.
 _WORTH_A_PICTURE = 0.01
+_SHOWN_SHARE = 0.001
 
 
 def draw_pictures(audit: Audit) -> dict[Drawn, bytes]:
@@ -180,20 +182,38 @@ def _cost(axes: Axes, audit: Audit) -> bool:
 
 
 def _scripts(axes: Axes, audit: Audit) -> bool:
-    return _mix(axes, _figures(audit, "languages", "scripts"))
+    return _mix(axes, _figures(audit, "languages", "scripts"), "share of letters")
 
 
 def _languages(axes: Axes, audit: Audit) -> bool:
-    return _mix(axes, _figures(audit, "languages", "languages"))
+    return _mix(axes, _figures(audit, "languages", "languages_guessed"), "share of texts")
 
 
-def _mix(axes: Axes, found: Mapping[str, Any]) -> bool:
-    """Bars where there is a mix; what is nearly all of one kind is no picture."""
-    counts = {name: value for name, value in found.items() if isinstance(value, int | float) and value}
-    if not counts or max(counts.values()) > (1 - _WORTH_A_PICTURE) * sum(counts.values()):
+def _mix(axes: Axes, found: Mapping[str, Mapping[str, float]], what: str) -> bool:
+    """Shares by name, a bar for each side; what is nearly all of one kind is no picture."""
+    totals: Counter[str] = Counter()
+    for shares in found.values():
+        totals.update(shares)
+    known = [total for name, total in totals.items() if name != "unknown"]
+    if not known or max(known) > (1 - _WORTH_A_PICTURE) * sum(known):
         return False
-    shares = all(0 <= value <= 1 for value in counts.values())
-    return _counts(axes, counts, "share" if shares else "rows", BLUE)
+    common = [name for name, _ in totals.most_common(_MOST_BARS // 2)]
+    names = [name for name in common if any(shares.get(name, 0) >= _SHOWN_SHARE for shares in found.values())]
+    height = 0.8 / len(found)
+    for i, (side, shares) in enumerate(found.items()):
+        places = [place + (i - (len(found) - 1) / 2) * height for place in range(len(names))]
+        values = [shares.get(name, 0.0) for name in names]
+        bars = axes.barh(places, values, height=height, color=_COLOURS.get(side, GREEN), label=_name(side))
+        axes.bar_label(bars, [f"{value:.1%}" for value in values], padding=3, fontsize=7, color="#374151")
+    axes.set_yticks(range(len(names)), [_name(name) for name in names], parse_math=False)
+    axes.set_ylim(max(len(names), 3) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(what)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    return True
 
 
 def _rows_per_prompt(axes: Axes, audit: Audit) -> bool:
@@ -218,8 +238,7 @@ def _counts(axes: Axes, counts: Mapping[str, float], what: str, colour: str) -> 
     if rest:
         shown[-1:] = [("others", shown[-1][1] + sum(value for _, value in rest))]
     names, values = [name for name, _ in shown], [value for _, value in shown]
-    form: Callable[[float], str] = (lambda v: f"{v:.1%}") if what == "share" else (lambda v: f"{v:,.0f}")
-    _bars(axes, names, values, [colour] * len(shown), form)
+    _bars(axes, names, values, [colour] * len(shown), lambda value: f"{value:,.0f}")
     axes.set_xlabel(what)
     return True
 
@@ -237,7 +256,7 @@ def _bars(
     axes.bar_label(bars, [form(value) for value in values], padding=4, fontsize=8, color="#374151")
     axes.set_yticks(places, [_name(name) for name in names], parse_math=False)
     # A few bars do not grow to fill the picture.
-    axes.set_ylim(max(len(names), 5) - 0.4, -0.6)
+    axes.set_ylim(max(len(names), 4) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))

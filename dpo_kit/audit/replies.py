@@ -129,14 +129,16 @@ class Replies:
                 self._account.add("same_letters", example, 0)
 
     def _look_at_edges(self, example: Example, bare: list[str], sides: Sequence[int]) -> None:
+        found: dict[tuple[int, str], str] = {}
         for side, reply, text in zip(sides, example.replies, bare, strict=True):
             if len(reply) == len(text):
                 continue
-            label = "reply"
             if reply[0].isspace():
-                self._edges[side, "start"].add(example, side, {label: clipped(repr(reply[:60]))})
+                found[side, "start"] = reply[:_COMPARED]
             if reply[-1].isspace():
-                self._edges[side, "end"].add(example, side, {label: clipped(repr(reply[-60:]))})
+                found[side, "end"] = reply[-_COMPARED:]
+        for edge, piece in found.items():
+            self._edges[edge].add(example, edge[0], {"what": repr(piece)})
 
     def _look_at_openings(self, bare: list[str], sides: Sequence[int]) -> None:
         heads = [reply[:_HEAD].lower() for reply in bare]

@@ -26,6 +26,8 @@ Integers = npt.NDArray[np.int64]
 # People agree with one another on 60% to 75% of such labels, and reward models that read reach 63% to 72% on
 # HH: a surface that reaches 70% is as good as reading. Beyond 85% there is nothing left to read for.
 THRESHOLDS: tuple[tuple[float, Severity], ...] = ((0.85, "error"), (0.70, "warning"), (0.60, "note"))
+# How far below a threshold the interval may begin: so that chance accuses no small set.
+_UNSURE = 0.1
 # Single features that give the label away where they differ at all: in so many pairs, and so surely.
 _GIVEAWAY_PAIRS, _GIVEAWAY_SHARE, _GIVEAWAY_ACCURACY = 30, 0.02, 0.9
 _FOLDS = 5
@@ -55,8 +57,8 @@ class ShallowChecks:
     of it wins), "accuracy" (of "more of it wins", equal ones as half), "differs" (share of pairs)}]} or None
     where there are too few pairs}`; intervals are Wilson's, of 95%; features go by their coefficient's size.
 
-    Findings: `length_bias` and `shallow_labels` by `THRESHOLDS` against the lower end of the interval, so
-    that chance accuses no small set; `surface_giveaway` for single features.
+    Findings: `length_bias` (by the rule's accuracy on all pairs) and `shallow_labels`, as grave as
+    `THRESHOLDS` say; `surface_giveaway` for single features.
     """
 
     name = "shallow"
@@ -147,7 +149,7 @@ class ShallowChecks:
         interval = wilson(right, count)
         figures = {"accuracy": right / count, "interval": interval, "pairs": count, "features": features}
         findings = _giveaways(features, count)
-        if severity := _severity(interval[0]):
+        if severity := _severity(right, count):
             surest = [self._shown[i] for i in np.argsort(-scores, kind="stable")[:5]]
             findings.append(_won_without_reading(severity, figures, round(right), surest))
         return figures, findings
@@ -205,8 +207,10 @@ def wilson(right: float, count: int) -> list[float]:
     return [max(centre - half, 0.0), min(centre + half, 1.0)]
 
 
-def _severity(low: float) -> Severity | None:
-    return next((severity for threshold, severity in THRESHOLDS if low >= threshold), None)
+def _severity(right: float, count: int) -> Severity | None:
+    share, low = right / count, wilson(right, count)[0]
+    reached = (each for limit, each in THRESHOLDS if share >= limit and low >= limit - _UNSURE)
+    return next(reached, None)
 
 
 def _length_rule(differences: Integers) -> tuple[dict[str, Any], list[Finding]]:
@@ -215,20 +219,21 @@ def _length_rule(differences: Integers) -> tuple[dict[str, Any], list[Finding]]:
     if not count:
         return {"longer_chosen": None, "interval": None, "accuracy": 0.5, "by_difference": []}, []
     share, interval = longer / count, wilson(longer, count)
-    right = _wins(differences) / len(differences)
+    wins = _wins(differences)
+    right = max(wins, len(differences) - wins)
     figures = {
         "longer_chosen": share,
         "interval": interval,
-        "accuracy": max(right, 1 - right),
+        "accuracy": right / len(differences),
         "by_difference": _by_difference(unequal),
     }
-    severity = _severity(max(interval[0], 1 - interval[1]))
+    severity = _severity(right, len(differences))
     if severity is None:
         return figures, []
     which, often = ("longer", longer) if share > 0.5 else ("shorter", count - longer)
     low, high = interval if share > 0.5 else (1 - interval[1], 1 - interval[0])
     sentence = (
-        f"the {which} reply is the preferred one in {often / count:.1%} of {count} pairs of unequal length "
+        f"the {which} reply is the preferred one in {often / count:.1%} of {count:,} pairs of unequal length "
         f"(95%: {low:.1%} to {high:.1%})."
     )
     advice = (
@@ -275,7 +280,7 @@ def _won_without_reading(
         right,
         model["pairs"],
         f"the data {can} be won without reading: {model['accuracy']:.1%} (95%: {low:.1%} to {high:.1%}) of "
-        f"{model['pairs']} held-out labels follow from the replies' surface, most of all from {strongest}.",
+        f"{model['pairs']:,} held-out labels follow from the replies' surface, most of all from {strongest}.",
         "Look at what sets the two sides apart (their sources, their format), and make them alike in it; "
         "judge a trained model by something that such features cannot win.",
         examples=tuple(surest),
@@ -304,7 +309,7 @@ def _giveaways(features: list[dict[str, Any]], count: int) -> list[Finding]:
             pairs,
             count,
             f"where the replies differ in '{name}', the one with {which} of it is preferred in "
-            f"{often / pairs:.1%} of {pairs} pairs{also}.",
+            f"{often / pairs:.1%} of {pairs:,} pairs{also}.",
             "Such a mark is often left by how the data were made; take it out of both sides.",
         )
     ]

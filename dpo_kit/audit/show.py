@@ -26,32 +26,32 @@ _RANKS = {"5": "p5", "25": "p25", "50": "median", "75": "p75", "95": "p95", "99"
 def print_audit(audit: Audit, console: Console | None = None) -> None:
     """Print sources, what was left out, lengths, findings (the gravest first) and cost to stdout."""
     console = console or Console()
-    parts = [
-        _sources(audit),
-        _left_out(audit),
-        _lengths(audit),
-        _tokens(audit),
-        _findings(audit),
-        _cost(audit),
-    ]
-    for part in parts:
-        if part is not None:
-            console.print(part)
+    for part in (_sources, _left_out, _lengths, _tokens, _findings, _cost):
+        shown = part(audit)
+        if shown is not None:
+            console.print(shown)
+
+
+def require_level(level: str) -> None:
+    """Raises `InputError` for a level of strictness that is not `error` or `warning`."""
+    if level not in SEVERITIES[:2]:
+        raise InputError(f"unknown level '{level}'", field="--strict-level", mend="Known: error, warning")
 
 
 def objections(audit: Audit, level: str = "warning") -> list[str]:
     """Why `--strict` does not let the data pass: rows that cannot be used, findings of the level or graver.
 
-    Raises `InputError` for a level that is not `error` or `warning`.
+    Raises `InputError` as `require_level` does.
     """
-    if level not in SEVERITIES[:2]:
-        raise InputError(f"unknown level '{level}'", field="--strict-level", mend="Known: error, warning")
-    grave = SEVERITIES[: SEVERITIES.index(level) + 1]
-    named = [
-        f"{each.severity} {each.name} ({each.count:,})" for each in audit.findings if each.severity in grave
-    ]
+    require_level(level)
+    grave = [finding for finding in audit.findings if _rank(finding.severity) <= _rank(level)]
+    named = [f"{finding.severity} {finding.name} ({finding.count:,})" for finding in grave]
     rows = len({str(problem.place) for problem in audit.unusable})
     return [f"{plural(rows, 'row')} cannot be used", *named] if rows else named
+
+
+def _rank(severity: str) -> int:
+    return [*map(str, SEVERITIES)].index(severity)
 
 
 def print_records(records: Sequence[Mapping[str, Any]]) -> None:

@@ -120,24 +120,23 @@ def _prompt_and_replies(
     prompt: Part | None, replies: dict[str, Part], prompt_field: str
 ) -> tuple[Part, list[Part]]:
     """The prompt and the replies of one row (by field) -> the same in canonical form, none of them empty."""
-    fields = list(replies)
     texts = [isinstance(reply, str) for reply in replies.values()]
-    if any(text != texts[0] for text in texts):
-        odd = next(field for field, text in zip(fields, texts, strict=True) if text != texts[0])
+    if len(set(texts)) > 1:
+        odd = next(field for field, text in zip(replies, texts, strict=True) if text != texts[0])
         raise BadRow("one reply is text and the other a list of messages", field=odd)
     if prompt is None and texts[0]:
         raise BadRow(
             "there is no prompt, and where a reply begins in a whole text cannot be told from its characters",
             field="prompt",
             mend="Add a 'prompt' field, or give "
-            f"{' and '.join(repr(field) for field in fields)} as lists of messages or HH dialogues",
+            f"{' and '.join(repr(field) for field in replies)} as lists of messages or HH dialogues",
         )
     canonical: list[Part] = list(replies.values())
     if not (isinstance(prompt, str) and texts[0]):
         prompt, canonical = _as_messages(prompt, replies, prompt_field)
     if not says_something(prompt):
         raise UnusablePair("empty_prompt", field=prompt_field)
-    for field, reply in zip(fields, canonical, strict=True):
+    for field, reply in zip(replies, canonical, strict=True):
         if not says_something(reply):
             raise UnusablePair("empty_completion", field=field)
     return prompt, canonical

@@ -66,7 +66,7 @@ _SAFE = "Ji et al. 2024, arXiv:2406.15513"
 CATALOGUE: tuple[PublicSet, ...] = (
     PublicSet(
         "hh-helpful", "Anthropic/hh-rlhf#helpful-base", "train", "MIT", "hh", "pairs", _HH,
-        "Anthropic Helpful: dialogues, the more helpful reply; the base tranche of three (table 6: all)", 122_387,
+        "Anthropic Helpful: dialogues, the more helpful reply; base tranche (table 6: all three)", 122_387,
     ),
     PublicSet(
         "hh-helpful-online", "Anthropic/hh-rlhf#helpful-online", "train", "MIT", "hh", "pairs", _HH,

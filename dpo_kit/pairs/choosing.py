@@ -63,7 +63,7 @@ def _weighted(pair: Row, share: float, options: LoadOptions) -> Iterator[Row]:
             raise BadRow(
                 f"the margin is {factor}, and a weight must not be below 0",
                 field="margin",
-                mend="Exchange the replies, set min_margin to 0 to leave such pairs out, or set other weights",
+                mend="Exchange the replies, set min_margin to 0 to leave such pairs out, or set no weights",
             )
     elif share != 0.5 and options.weights == "agreement":
         factor = 2 * share - 1
@@ -115,7 +115,8 @@ def _candidates(row: Row, options: LoadOptions) -> list[Row]:
         seed = f"{options.seed} {prompt_digest(row['prompt'])}"
         distinct = [(i, j) for i, j in places if scores[i] != scores[j] or options.ties == "half"]
         wanted = min(int(options.pairs.removeprefix("random:")), len(distinct))
-        places = sorted(random.Random(seed).sample(distinct, wanted))
+        drawn = random.Random(seed).sample(range(len(distinct)), wanted)
+        places = [distinct[at] for at in sorted(drawn)]
     common = {name: row[name] for name in row if name not in ("completions", "scores", "ranks")}
     common.setdefault("prompt_id", prompt_digest(row["prompt"]))
     made = []

@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.choosing import kind_made, made_of
-from dpo_kit.pairs.formats import Format, detected_format, named_format
+from dpo_kit.pairs.formats import FORMATS, Format, detected_format, is_own, named_format
 from dpo_kit.pairs.formats.mapping import mapping_format
 from dpo_kit.pairs.grouping import Placed, group_by_prompt, is_grouped
 from dpo_kit.pairs.kinds import LISTS, RANKS, Kind
+from dpo_kit.pairs.messages import PACKED, has_extras, packed
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.reading import RawRow
+from dpo_kit.pairs.row_cache import file_of_rows, kept_rows, store_rows
 from dpo_kit.pairs.schema import BadRow, UnusablePair
-from dpo_kit.pairs.sources import Source, find_sources
+from dpo_kit.pairs.sources import HUB, Source, find_sources
 from dpo_kit.pairs.tally import PairsReport, SourceReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import RecordBatch, Schema
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -66,21 +69,61 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: str = "error"
 
 
 def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> tuple[Dataset, PairsReport]:  # noqa: B008
-    """What `load_pairs` loads, and the account of the loading. Raises as `load_pairs` does."""
-    import pyarrow
-    from datasets import Dataset
+    """What `load_pairs` loads, and the account of the loading. Raises as `load_pairs` does.
 
+    Many rows lie in a file, <cache>/rows, which is found again where the sources' bytes and names and the
+    options are the same. What a split of the hub holds, and what code of the user's makes of a row, is not
+    known before it is loaded: those are loaded anew.
+    """
+    found, ignored = find_sources(sources)
+    known = not any(source.name.startswith(HUB) for source in found) and not _may_be_own(options)
+    file = file_of_rows([source.name for source in found], options) if known else None
+    if file and (kept := kept_rows(file)):
+        kept[1].ignored = ignored
+        _settle(kept[1], options)
+        return kept
     report = PairsReport()
-    usable = usable_rows(sources, options, report)
-    first = next(usable)
+    batches = _batches(usable_rows(sources, options, report), report)
+    first = next(batches)
     assert report.kind is not None
-    schema = arrow_schema(report.kind, messages=not isinstance(first["prompt"], str))
-    batches = [pyarrow.RecordBatch.from_pylist([first, *islice(usable, _BATCH_ROWS)], schema)]
-    while rows := list(islice(usable, _BATCH_ROWS)):
-        batches.append(pyarrow.RecordBatch.from_pylist(rows, schema))
-    table = pyarrow.Table.from_batches(batches, schema)
-    absent = [name for name in report.kind.extras if table[name].null_count == len(table)]
-    return Dataset(table.drop_columns(absent)), report
+    return store_rows(chain((first,), batches), report.kind.extras, report, file), report
+
+
+def _may_be_own(options: LoadOptions) -> bool:
+    """Whether a format that the user registered may be what the rows are of."""
+    if options.mapping is not None:
+        return False
+    forms = FORMATS.values() if options.format == "auto" else (named_format(options.format),)
+    return any(is_own(form) for form in forms)
+
+
+def _batches(rows: Iterator[dict[str, Any]], report: PairsReport) -> Iterator[RecordBatch]:
+    """Rows -> Arrow; messages have the field for extras from the first batch on that has any."""
+    import pyarrow
+
+    extras = False
+    while some := list(islice(rows, _BATCH_ROWS)):
+        assert report.kind is not None
+        messages = not isinstance(some[0]["prompt"], str)
+        if messages:
+            extras = extras or any(_any_extras(value) for row in some for value in row.values())
+        schema = arrow_schema(report.kind, messages=messages, extras=extras)
+        if extras:
+            some = [{name: _packed(value) for name, value in row.items()} for row in some]
+        yield pyarrow.RecordBatch.from_pylist(some, schema)
+
+
+def _any_extras(value: Any) -> bool:
+    if not isinstance(value, list):
+        return isinstance(value, dict) and has_extras([value])
+    return any(_any_extras(inner) for inner in value)
+
+
+def _packed(value: Any) -> Any:
+    """The value of a column, with each message in it packed."""
+    if isinstance(value, list):
+        return [_packed(inner) for inner in value]
+    return packed(value) if isinstance(value, dict) else value
 
 
 def read_pairs(
@@ -140,6 +183,10 @@ def _require_alike(
 def usable_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:
     """At least one row; whether unusable ones stop the loading is known at the end of the stream."""
     yield from stream_rows(sources, options, report)
+    _settle(report, options)
+
+
+def _settle(report: PairsReport, options: LoadOptions) -> None:
     if not report.problems:
         return
     if not report.made or (options.invalid == "error" and report.unusable):
@@ -197,11 +244,13 @@ def _checked(
     account.unused_columns = form.unused(columns)
 
 
-def arrow_schema(kind: Kind, *, messages: bool) -> Any:
+def arrow_schema(kind: Kind, *, messages: bool, extras: bool = False) -> Schema:
+    """Of rows of this kind, with all optional columns; `extras`: of packed messages (`messages.packed`)."""
     import pyarrow
 
     number, text = pyarrow.float64(), pyarrow.string()
-    part = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])) if messages else text
+    fields = ("role", "content", PACKED) if extras else ("role", "content")
+    part = pyarrow.list_(pyarrow.struct([(name, text) for name in fields])) if messages else text
     types = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), part) | {
         "completions": pyarrow.list_(part),
         "label": pyarrow.bool_(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -83,6 +84,10 @@ class LoadOptions:
                 raise _unknown(name, getattr(self, name), known)
         if not _PAIRS.fullmatch(str(self.pairs)):
             raise _unknown("pairs", self.pairs, ("all", "best_worst", "adjacent", "random:k"))
+        if self.min_margin is not None and not _is_number(self.min_margin):
+            raise InputError(f"expected a number, found {self.min_margin!r}", field="min_margin")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"expected a whole number, found {self.seed!r}", field="seed")
         if self.mapping is not None and self.format != "auto":
             raise InputError("a mapping is a format of its own", field="mapping", mend="Leave out the format")
 
@@ -94,6 +99,10 @@ class LoadOptions:
             if name not in known:
                 raise _unknown("option", name, known)
         return cls(**options)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _unknown(name: str, value: Any, known: Sequence[str]) -> InputError:

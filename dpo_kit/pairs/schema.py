@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpo_kit.pairs.kinds import PAIRS, RANKS, Kind
 
 SCORES = ("score_chosen", "score_rejected")
 NUMBERS = ("margin", "weight", *SCORES)
+DEEPEST = 100  # levels of a JSON value in a message or in tools
 _OPTIONAL = frozenset((*PAIRS.extras, *SCORES))
 
 # What apply_chat_template takes beside a template's own variables, and a row must not set.
@@ -272,13 +274,10 @@ def _tools(value: Any) -> str:
     if isinstance(value, list):
         return json_text(value, "tools")
     text = checked_text(value, "tools")
-    try:
-        valid = isinstance(json.loads(text), list)
-    except (ValueError, RecursionError):
-        valid = False
-    if not valid:
-        raise BadRow("expected a list of tool descriptions, or one as JSON text", field="tools")
-    return text
+    with suppress(BadRow):
+        if isinstance(parsed_json(text, "tools"), list):
+            return text
+    raise BadRow("expected a list of tool descriptions, or one as JSON text", field="tools")
 
 
 def template_kwargs(value: Any, field: str = "chat_template_kwargs") -> dict[str, Any]:
@@ -307,14 +306,29 @@ def json_object(value: Any, field: str) -> dict[str, Any]:
 
 def json_text(value: Any, field: str) -> str:
     """The value as JSON text; raises `BadRow` where JSON or UTF-8 cannot hold it."""
+    _require_shallow(value, field)
     try:
         return checked_text(json.dumps(value, ensure_ascii=False, allow_nan=False), field)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise BadRow(f"cannot be written as JSON: {error}", field=field) from None
 
 
 def parsed_json(text: str, field: str) -> Any:
+    """What a JSON text holds; raises `BadRow`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"not JSON: {error}", field=field) from None
+    _require_shallow(value, field)
+    return value
+
+
+def _require_shallow(value: Any, field: str) -> None:
+    """Refuses what those who walk through it later, templates among them, would run out of stack with."""
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(DEEPEST):
+        insides = [inner.values() if isinstance(inner, dict) else inner for inner in level]
+        level = [inner for inside in insides for inner in inside if isinstance(inner, list | dict)]
+        if not level:
+            return
+    raise BadRow(f"it is nested more than {DEEPEST} deep", field=field)

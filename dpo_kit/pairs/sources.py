@@ -87,9 +87,8 @@ def _files(source: str, ignored: list[str]) -> list[str]:
     if glob.has_magic(path):
         matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
         return _picked(matches, source, ignored, f"no file of pairs ({supported_names()}) matches")
-    mend = _nearby(path)
-    if near := catalogue.nearest(source.partition("@")[0]):
-        mend = f"Did you mean '{near}' of the catalogue? {mend}"
+    near = catalogue.nearest(source.partition("@")[0])
+    mend = f"Did you mean '{near}' of the catalogue (data list)?" if near else _nearby(path)
     raise InputError("no such file or folder", file=source, mend=mend)
 
 

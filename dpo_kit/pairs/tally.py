@@ -6,12 +6,13 @@ Only counts and words; `loading` fills it in, `inspection` adds what the kept pa
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.kinds import Kind
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS, Kind
 from dpo_kit.pairs.schema import KINDS, Place
 from dpo_kit.pairs.statistics import Statistics
 
@@ -99,6 +100,28 @@ class PairsReport:
             "ignored": list(self.ignored),
             "statistics": asdict(self.statistics) if self.statistics else None,
         }
+
+    def to_state(self) -> dict[str, Any]:
+        """What `from_state` makes an equal report of. Without statistics: a loading has none."""
+        return {
+            "kind": self.kind.name if self.kind else None,
+            "sources": [asdict(source) for source in self.sources],
+            "problems": [asdict(problem) for problem in self.problems],
+            "ignored": self.ignored,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> PairsReport:
+        """The report that `to_state` was asked of. Raises KeyError or TypeError for anything else."""
+        kinds = {kind.name: kind for kind in KINDS_OF_ROWS}
+        return cls(
+            sources=[SourceReport(**source) for source in state["sources"]],
+            problems=[
+                Problem(**{**problem, "place": Place(**problem["place"])}) for problem in state["problems"]
+            ],
+            ignored=state["ignored"],
+            kind=kinds[state["kind"]] if state["kind"] else None,
+        )
 
     def kinds_in_words(self) -> list[str]:
         """For each kind its count and the first few places: `empty_prompt 2 (a.jsonl:3, :9)`."""

@@ -95,16 +95,25 @@ def _replies(value: Any, field: str, questions: int) -> list[Any]:
 
 
 def _interleaved(questions: list[Any], replies: list[Any], field: str) -> list[dict[str, str]]:
-    """A question is unusable without its text, and so is a reply: both are null in places."""
+    """Questions and replies -> messages; nulls and halves of characters, which are there, are unusable."""
     messages = []
     for i, (question, reply) in enumerate(zip(questions, replies, strict=True)):
         if question is None:
             raise UnusablePair("empty_prompt", field=f"prompt[{i}]")
         if reply is None:
             raise UnusablePair("reply_not_text", field=f"{field}[{i}]", message="the reply is null")
-        messages.append({"role": "user", "content": checked_text(question, f"prompt[{i}]")})
-        messages.append({"role": "assistant", "content": checked_text(reply, f"{field}[{i}]")})
+        messages.append({"role": "user", "content": _whole(question, f"prompt[{i}]")})
+        messages.append({"role": "assistant", "content": _whole(reply, f"{field}[{i}]")})
     return messages
+
+
+def _whole(text: Any, field: str) -> str:
+    try:
+        return checked_text(text, field)
+    except BadRow as bad:
+        if not isinstance(text, str):
+            raise
+        raise UnusablePair("content_not_text", field=field, message=bad.message) from bad
 
 
 FORMATS = (

@@ -70,8 +70,11 @@ _safe_rlhf = {
 }
 
 
+_by_upvotes = _labelled("history", "human_ref_A", "human_ref_B", "labels", {1: 1, 0: 0})
+
+
 def _shp(row: Row) -> Row:
-    pair = _labelled("history", "human_ref_A", "human_ref_B", "labels", {1: 1, 0: 0})(row)
+    pair = _by_upvotes(row)
     scores = [finite(row[name], name) for name in ("score_A", "score_B") if row.get(name) is not None]
     return {**pair, "margin": scores[0] - scores[1]} if len(scores) == 2 else pair
 

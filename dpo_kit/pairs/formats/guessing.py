@@ -24,19 +24,29 @@ _SIDES = (("a", "b"), ("1", "2"), ("0", "1"), ("first", "second"), ("left", "rig
 
 
 def guessed_mapping(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """A mapping as the command line takes it (`field` -> path), or None where the names say nothing."""
+    """A mapping as the command line takes it (`field` -> path), or None where the names say nothing.
+
+    "..." stands for what only the user knows.
+    """
     prompt = _named(row, _PROMPT, str, list)
     rest = {name: value for name, value in row.items() if name != prompt}
     for guess in (_pair, _two_sides, _list, _scored, _unpaired):
         found = guess(rest)
         if found is None:
             continue
-        if prompt is None:  # the one column of text that is left
-            texts = [name for name, value in rest.items() if isinstance(value, str)]
-            left = [name for name in texts if not any(_quoted(name) == path for path in found.values())]
-            prompt = left[0] if len(left) == 1 else None
-        return {**({"prompt": _quoted(prompt)} if prompt else {}), **found}
+        if prompt is None:
+            prompt = _only_text_left(rest, found)
+        if prompt is not None:
+            return {"prompt": _quoted(prompt), **found}
+        left = [name for name in rest if not any(path.startswith(_quoted(name)) for path in found.values())]
+        return {"prompt": "...", **found} if left else None
     return None
+
+
+def _only_text_left(row: Mapping[str, Any], found: Mapping[str, str]) -> str | None:
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    left = [name for name in texts if _quoted(name) not in found.values()]
+    return left[0] if len(left) == 1 else None
 
 
 def _pair(row: Mapping[str, Any]) -> dict[str, str] | None:

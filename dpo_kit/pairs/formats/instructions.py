@@ -31,19 +31,14 @@ def _turns(row: Row, asked: str) -> str | list[dict[str, str]]:
     history = row.get("history") or []
     if not isinstance(history, list):
         raise BadRow(f"expected a list of [question, answer], found {kind_of(history)}", field="history")
-    messages = system_turn(row)
+    system = "" if row.get("system") is None else checked_text(row["system"], "system")
+    messages = [{"role": "system", "content": system}] if system.strip() else []
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"expected [question, answer], found {kind_of(pair)}", field=f"history[{i}]")
         for j, (role, text) in enumerate(zip(("user", "assistant"), pair, strict=True)):
             messages.append({"role": role, "content": checked_text(text, f"history[{i}][{j}]")})
     return [*messages, {"role": "user", "content": asked}]
-
-
-def system_turn(row: Row) -> list[dict[str, str]]:
-    """The column `system` as a message of its own; nothing where it is not there, null or blank."""
-    system = "" if row.get("system") is None else checked_text(row["system"], "system")
-    return [{"role": "system", "content": system}] if system.strip() else []
 
 
 def _alpaca(row: Row) -> Row:
@@ -77,16 +72,12 @@ def _rated(row: Row) -> Row:
     return pair
 
 
-def _with_system(question: str) -> Convert:
-    """The adapter of rows with a system text, the question in this column, and two replies."""
+def _asked(question: str, chosen: str = "chosen", rejected: str = "rejected") -> Convert:
+    """The adapter of rows with a question and two replies in these columns, and whatever stood before."""
 
     def convert(row: Row) -> Row:
-        user = {"role": "user", "content": checked_text(row[question], question)}
-        return {
-            "prompt": [*system_turn(row), user],
-            "chosen": row["chosen"],
-            "rejected": row["rejected"],
-        }
+        asked = checked_text(row[question], question)
+        return {"prompt": _turns(row, asked), "chosen": row[chosen], "rejected": row[rejected]}
 
     return convert
 
@@ -99,18 +90,13 @@ def _beside(*names: str) -> Callable[[Row], list[str]]:
 def _not_texts(row: Row) -> list[str]:
     return [
         f"text in '{name}'"
-        for name in ("prompt", "chosen", "rejected")
+        for name in ("prompt", "question", "chosen", "rejected")
         if name in row and not isinstance(row[name], str)
     ]
 
 
-def _question(row: Row) -> Row:
-    asked = checked_text(row["question"], "question")
-    return {
-        "prompt": _turns(row, asked),
-        "chosen": row["response_chosen"],
-        "rejected": row["response_rejected"],
-    }
+def _not_question(row: Row) -> list[str]:
+    return [*_not_texts(row), *_beside("prompt", "instruction")(row)]
 
 
 def _stack_exchange(row: Row) -> Row:
@@ -186,31 +172,43 @@ FORMATS = (
         "orca_dpo",
         "{system, question, chosen, rejected} (Intel/orca_dpo_pairs)",
         ("system", "question", "chosen", "rejected"),
-        _with_system("question"),
+        _asked("question"),
         _beside("prompt", "instruction"),
+        optional=("history",),
         prompt_field="question",
     ),
     Format(
         "orca_dpo_input",
         "{system, input, chosen, rejected} (argilla/distilabel-intel-orca-dpo-pairs)",
         ("system", "input", "chosen", "rejected"),
-        _with_system("input"),
+        _asked("input"),
         _beside("prompt", "instruction", "question"),
+        optional=("history",),
         prompt_field="input",
     ),
     Format(
         "system_prompt",
         "{system, prompt, chosen, rejected} as text (jondurbin/truthy-dpo-v0.1)",
         ("system", "prompt", "chosen", "rejected"),
-        _with_system("prompt"),
+        _asked("prompt"),
         _not_texts,
+        optional=("history",),
+    ),
+    Format(
+        "question",
+        "{question, chosen, rejected} as text (ProlificAI/social-reasoning-rlhf)",
+        ("question", "chosen", "rejected"),
+        _asked("question"),
+        _not_question,
+        optional=("history",),
+        prompt_field="question",
     ),
     Format(
         "question_responses",
         "{question, response_chosen, response_rejected}; also with system, and history: [[question, answer]] "
         "(shibing624/MedicalGPT, reward data)",
         ("question", "response_chosen", "response_rejected"),
-        _question,
+        _asked("question", "response_chosen", "response_rejected"),
         optional=("system", "history"),
         prompt_field="question",
         names={"chosen": "response_chosen", "rejected": "response_rejected"},

@@ -86,12 +86,14 @@ def objects(row: Row, field: str, *keys: str) -> list[tuple[Mapping[str, Any], s
 
 
 def _lacks_objects(field: str, *keys: str) -> Callable[[Row], list[str]]:
-    """Detection: the column is a list whose first element is an object with these keys."""
+    """Detection: the column is a list, empty or with an object with these keys as its first element."""
 
     def lacks(row: Row) -> list[str]:
         listed = row.get(field)
-        first = listed[0] if isinstance(listed, list) and listed else None
-        if field not in row or (isinstance(first, dict) and all(key in first for key in keys)):
+        fits = isinstance(listed, list) and all(
+            isinstance(each, dict) and each.keys() >= set(keys) for each in listed[:1]
+        )
+        if fits or field not in row:
             return []
         return [f"objects with {' and '.join(repr(key) for key in keys)} in '{field}'"]
 

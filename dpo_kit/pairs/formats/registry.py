@@ -228,8 +228,8 @@ def detected_format(row: Row, place: Place) -> Format:
 
 
 def _distance(form: Format, row: Row) -> tuple[float, int]:
-    """How far a row is from a shape: what it lacks, a field less where a column's name is like its own."""
-    missing = form.missing(row)
+    """The share of a shape that a row lacks; half as much for a field that a column's name is like."""
+    missing, lacks = form.missing(row), form.lacks(row)
     free = [str(name) for name in row if name not in form.fields]
     alike = sum(bool(difflib.get_close_matches(name, free, n=1, cutoff=0.6)) for name in missing)
-    return len(form.lacks(row)) - 0.5 * alike, -(len(form.fields) - len(missing))
+    return (len(lacks) - 0.5 * alike) / max(len(form.fields) or 3, len(lacks)), len(lacks)

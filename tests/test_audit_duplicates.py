@@ -1,0 +1,233 @@
+"""Planted duplicates, contradictions and overlaps are found, all of them and nothing else."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from itertools import combinations, permutations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audit_rows import any_rows, findings, labelled, lines, of_file, pair, pairs, ranked
+from hypothesis import given, settings
+
+from dpo_kit.audit import duplicates
+from dpo_kit.audit.duplicates import Duplicates
+from dpo_kit.audit.findings import Example
+from dpo_kit.audit.minhash import Signatures, likeness, near_links, words_of
+from dpo_kit.audit.preferences import on_cycles
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+WORDS = [f"{a}{b}{c}" for a, b, c in product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
+
+
+def words(rng: random.Random, count: int) -> list[str]:
+    return rng.choices(WORDS, k=count)
+
+
+def random_pairs(count: int, seed: int = 0) -> list[Example]:
+    rng = random.Random(seed)
+    return pairs(*(tuple(" ".join(words(rng, rng.randint(2, 120))) for _ in range(3)) for _ in range(count)))
+
+
+def triples(text: list[str]) -> set[tuple[str, ...]]:
+    padded = [*text, "", ""]
+    return {tuple(padded[i : i + 3]) for i in range(len(text))}
+
+
+def test_random_texts_are_neither_equal_nor_near() -> None:
+    check = Duplicates()
+    assert findings(check, random_pairs(2000)) == {}
+    assert check.result().figures["rows_per_prompt"] == {"1": 2000}
+
+
+def test_equal_rows() -> None:
+    rows = pairs(("p", "a", "b"), ("q", "a", "b"), ("p", "a", "b"), ("p", "a", "B"), ("p", "a", "b"))
+    found = findings(Duplicates(), rows)
+    assert lines(found["duplicate_rows"]) == [3, 5]
+    assert found["duplicate_rows"].of == 5
+    assert found["duplicate_rows"].examples[0]["beside"] == "rows.jsonl:1"
+    # Equal but for case: near.
+    assert lines(found["near_duplicate_rows"]) == [1, 4]
+
+
+def test_planted_near_duplicates_are_found() -> None:
+    rng = random.Random(1)
+    rows = random_pairs(500, seed=2)
+    near = []
+    for i in range(80):
+        texts = [words(rng, 100) for _ in range(3)]
+        rows.append(pair(*map(" ".join, texts), len(rows) + 1))
+        # One word of a hundred changed changes three triples of 97; thirty of them most.
+        for text in texts:
+            for place in rng.sample(range(5, 95), 1 if i % 2 else 30):
+                text[place] = "something"
+        rows.append(pair(*map(" ".join, texts), len(rows) + 1))
+        if i % 2:
+            near += [len(rows) - 1, len(rows)]
+    found = findings(Duplicates(), rows)
+    assert found.keys() == {"near_duplicate_rows", "near_duplicate_prompts"}
+    assert lines(found["near_duplicate_rows"]) == lines(found["near_duplicate_prompts"]) == near
+    assert "0.8" in found["near_duplicate_rows"].sentence
+    assert [each["beside"] for each in found["near_duplicate_rows"].examples[:2]] == [
+        f"rows.jsonl:{near[1]}",
+        f"rows.jsonl:{near[0]}",
+    ]
+
+
+def test_the_estimate_is_near_the_jaccard_index() -> None:
+    rng = random.Random(3)
+    texts = []
+    for changed in (0, 2, 5, 10, 20, 40):
+        text = words(rng, 200)
+        other = list(text)
+        for place in rng.sample(range(200), changed):
+            other[place] = "something"
+        texts += [text, other]
+    signatures = Signatures()
+    for text in texts:
+        signatures.add(words_of(" ".join(text)))
+    even = np.arange(0, len(texts), 2)
+    estimated = likeness(signatures.array(), even, even + 1)
+    exact = [
+        len(triples(a) & triples(b)) / len(triples(a) | triples(b))
+        for a, b in zip(texts[::2], texts[1::2], strict=True)
+    ]
+    assert np.abs(estimated - exact).max() < 4 * 0.5 / 8  # four standard errors of a share of 64
+
+
+def test_many_alike_do_not_cost_the_square() -> None:
+    signatures = Signatures()
+    for _ in range(20_000):
+        signatures.add([b"the", b"same"])
+    first, second = near_links(signatures.array())
+    assert len(first) < 2 * 20_000
+    assert set(second) | set(first) == set(range(20_000))
+
+
+def test_both_orders_whatever_case_and_space() -> None:
+    rows = pairs(
+        ("p", "a", "b"),
+        ("q", "b", "a"),
+        ("P ", "b", "A\n"),
+        ("p", "a", "c"),
+        ("p", "d", "e"),
+        ("p", "e", "d"),
+    )
+    found = findings(Duplicates(), rows)
+    assert found["both_orders"].severity == "error"
+    assert lines(found["both_orders"]) == [1, 3, 5, 6]
+    assert [each["beside"][-1] for each in found["both_orders"].examples] == ["3", "1", "6", "5"]
+    assert "preference_cycles" not in found
+
+
+def test_both_orders_made_of_one_row_are_meant() -> None:
+    rows = [pair("p", "a", "b", 7), pair("p", "b", "a", 7), pair("q", "a", "b", 8)]
+    assert "both_orders" not in findings(Duplicates(), rows)
+    rows.append(pair("q", "b", "a", 9))
+    assert lines(findings(Duplicates(), rows)["both_orders"]) == [8, 9]
+
+
+def test_cycles_of_three_and_longer() -> None:
+    rows = pairs(
+        *(("p", "a", "b"), ("p", "b", "c"), ("p", "c", "a")),
+        *(("q", "a", "b"), ("q", "b", "c"), ("q", "a", "c"), ("q", "c", "d")),
+        *(("r", "1", "2"), ("r", "2", "3"), ("r", "3", "4"), ("r", "4", "1"), ("r", "4", "5")),
+    )
+    found = findings(Duplicates(), rows)
+    assert lines(found["preference_cycles"]) == [1, 2, 3, 8, 9, 10, 11]
+    assert found["preference_cycles"].severity == "error"
+    assert "both_orders" not in found
+
+
+def cycle_edges(edges: set[tuple[int, int]], nodes: int) -> set[tuple[int, int]]:
+    """Edges on a cycle of three nodes or more, by trying all cycles."""
+    on = set()
+    for size in range(3, nodes + 1):
+        for chosen in combinations(range(nodes), size):
+            for order in permutations(chosen):
+                around = set(zip(order, (*order[1:], order[0]), strict=True))
+                if around <= edges:
+                    on |= around
+    return on
+
+
+def test_a_cycle_is_said_to_be_there_exactly_where_there_is_one() -> None:
+    rng = random.Random(4)
+    for _ in range(300):
+        edges = sorted({tuple(rng.sample(range(5), 2)) for _ in range(rng.randint(1, 9))})
+        component = on_cycles(*np.array(edges).T)
+        truth = cycle_edges(set(edges), 5)
+        marked = {edge for edge, number in zip(edges, component, strict=True) if number >= 0}
+        assert truth <= marked
+        assert bool(truth) == bool(marked)
+
+
+def test_lists_and_labels_contradict_too() -> None:
+    rows = [ranked("p", ["a", "b", "c"], [3, 2, 1], 1), ranked("p", ["c", "a"], [5, 4], 2)]
+    assert lines(findings(Duplicates(), rows)["preference_cycles"]) == [1, 2]
+    good = [labelled("p", "a", True, 1), labelled("p", "b", False, 2), labelled("q", "a", False, 3)]
+    assert "both_labels" not in findings(Duplicates(), good)
+    found = findings(Duplicates(), [*good, labelled("p", "a", False, 4)])
+    assert lines(found["both_labels"]) == [1, 4]
+
+
+def test_rows_that_share_a_prompt() -> None:
+    rows = pairs(*((prompt, f"a{i}", f"b{i}") for i, prompt in enumerate("ppp qqqqqq r".replace(" ", ""))))
+    check = Duplicates()
+    found = findings(check, rows)
+    assert lines(found["shared_prompts"]) == list(range(1, 10))
+    assert check.result().figures["rows_per_prompt"] == {"1": 1, "3": 1, "5-9": 1}
+
+
+def test_overlap_of_training_and_held_out() -> None:
+    rng = random.Random(5)
+    long = words(rng, 100)
+    nearly = " ".join([*long[:-1], "something"])
+    training = [pair("one prompt", "a", "b", 1), pair(" ".join(long), "a", "b", 2), pair("x", "y", "z", 3)]
+    held_out = [
+        pair("another", "a", "b", 1, held_out=True),
+        pair("One  prompt\n", "c", "d", 2, held_out=True),
+        pair(nearly, "e", "f", 3, held_out=True),
+        pair("x", "y", "z", 4, held_out=True),
+        pair("another", "a", "b", 5, held_out=True),
+    ]
+    found = findings(Duplicates(), [*training, *held_out])
+    assert {name: lines(each) for name, each in found.items()} == {
+        "held_out_rows": [4],
+        "held_out_prompts": [2, 4],
+        "near_held_out_prompts": [3],
+    }
+    assert all(place.startswith("other.jsonl") for each in found.values() for place in each.places)
+    assert found["held_out_prompts"].of == 5
+    assert [each["beside"] for each in found["held_out_prompts"].examples] == ["rows.jsonl:1", "rows.jsonl:3"]
+    assert found["near_held_out_prompts"].examples[0]["beside"] == "rows.jsonl:2"
+
+
+def test_no_text_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "KEPT_TO_SHOW", 0)
+    check, text = duplicates.Duplicates(), "several words " * 100
+    tracemalloc.start()
+    for line in range(1000):
+        check.add(pair(f"{line} {text}", text, f"{text} {line}", line))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / 1000 < 1500  # of 4200 characters; the last ones' words wait to be hashed together
+
+
+@settings(max_examples=150, deadline=None)
+@given(any_rows())
+def test_nothing_raises(rows: list[Example]) -> None:
+    findings(Duplicates(), rows)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real data of ../shared/data is not here")
+def test_real_dialogues() -> None:
+    rows = of_file(DATA / "hh-rlhf" / "harmless-base" / "test.jsonl.gz")
+    found = findings(Duplicates(), rows)
+    prompts = [" ".join(row.prompt.lower().split()) for row in rows]
+    shared = [row.place for row, prompt in zip(rows, prompts, strict=True) if prompts.count(prompt) > 1]
+    assert list(found["shared_prompts"].places) == shared
+    assert len(shared) == 4
+    assert found.keys() == {"shared_prompts", "near_duplicate_prompts"}
