@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -147,6 +148,20 @@ def test_an_audit_of_nothing_usable_has_a_page(tmp_path):
     source = write(tmp_path / "rows.jsonl", {"prompt": "x", "chosen": "a", "rejected": "a"})
     text = Page(write_audit(inspect_pairs(source), tmp_path / "out", title="rows")).text
     assert "no check had rows to look at" in text
+
+
+def test_an_earlier_audit_leaves_nothing_behind_and_other_files_stay(tmp_path):
+    out = tmp_path / "out"
+    (out / "rows").mkdir(parents=True)
+    (out / "rows" / "mine.jsonl").write_text("x")
+    places = Finding("odd", "note", 1, 1, "", "", ("a:1",))
+    write_audit(Audit(findings=[places]), out, title="rows")
+    assert {path.name for path in (out / "rows").iterdir()} == {"mine.jsonl", "odd.jsonl"}
+    (out / "rows" / "mine.jsonl").unlink()
+    (out / "notes.txt").write_text("x")
+    write_audit(Audit(findings=[replace(places, name="new")]), out, title="rows")
+    assert [path.name for path in (out / "rows").iterdir()] == ["new.jsonl"]
+    assert (out / "notes.txt").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -150,7 +150,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         pair("Article:\nIt rained.\n\nTL;DR:\n", " Help.", " Broken."),
     ),
     ("webgpt", WEBGPT, pair("Why is the sky blue?", "Rayleigh [1].", "Dust [1].", margin=1.0)),
-    ("pandalm", PANDALM, pair("Shorten.\n\nVery long.", "Long.", "L")),
+    ("pandalm", PANDALM, pair("Shorten.\nVery long.", "Long.", "L")),
     ("alpaca_farm", ALPACA_FARM, pair("Hi", "b", "a")),
     ("alpaca_farm", {**ALPACA_FARM, "preference": 1.25}, pair("Hi", "a", "b")),
     ("helpsteer2_preference", HELPSTEER2, pair(dialogue("One?", "1\n", "Two?"), "2", "II", margin=2.0)),

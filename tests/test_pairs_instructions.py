@@ -27,7 +27,7 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "alpaca": [
         (
             {"instruction": "Translate.", "input": " Guten Tag\n", "chosen": " Hello", "rejected": "Bye"},
-            {"prompt": "Translate.\n\n Guten Tag\n", "chosen": " Hello", "rejected": "Bye"},
+            {"prompt": "Translate.\n Guten Tag\n", "chosen": " Hello", "rejected": "Bye"},
         ),
         (
             {"instruction": "Say hello. ", "input": "", "chosen": "Hello", "rejected": "Bye"},
@@ -61,7 +61,7 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "alpaca_kto": [
         (
             {"instruction": "Translate.", "input": "ja", "output": "yes", "kto_tag": False},
-            {"prompt": "Translate.\n\nja", "completion": "yes", "label": False},
+            {"prompt": "Translate.\nja", "completion": "yes", "label": False},
         )
     ],
     "rated_responses": [

@@ -187,7 +187,7 @@ def test_scored_texts_of_lmflow(file: Path) -> None:
 def test_comparison_of_old_llama_factory(file: Path) -> None:
     row = {"instruction": "Add.", "input": "1 + 1", "output": ["2", "3"]}
     (pair,) = read_pairs(write(file, row))[0]
-    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Add.\n\n1 + 1", "2", "3")
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ("Add.\n1 + 1", "2", "3")
     error = error_of(write(file, {**row, "output": ["2", "3", "4"]}), format="comparison")
     assert (error.field, "a list of 3" in str(error)) == ("output", True)
 

@@ -154,7 +154,7 @@ def test_pandalm_by_majority() -> None:
     assert len(pairs) == report.kept == 836
     for pair, i in zip(pairs, [i for i in usable if i not in tied], strict=True):
         row, first = rows[i - 1], majority[i - 1]
-        asked = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+        asked = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
         assert pair["prompt"] == asked
         assert (pair["chosen"], pair["rejected"]) == (row[f"response{first}"], row[f"response{3 - first}"])
     assert sum(majority[i - 1] == 1 for i in usable) == 394

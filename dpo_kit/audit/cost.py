@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_kit.audit.encoded import Encoded
-from dpo_kit.audit.estimate import Device, ModelSource, estimate
+from dpo_kit.audit.estimate import Device, ModelSource, estimate, model_fields
 from dpo_kit.audit.findings import Example, Finding, Result
 from dpo_kit.dealing import deal
 from dpo_kit.examples import Example as Tokens
@@ -48,7 +48,9 @@ class CostChecks:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self._batch_size, self._model, self._device = batch_size, model, device
+        self._batch_size, self._device = batch_size, device
+        # Read at once: what is wrong with it is said before the rows are read, not after.
+        self._model = None if model is None else model_fields(model)
         self._random = random.Random(0)
         self._step: list[Tokens] = []
         self._sampled: list[list[Tokens]] = []

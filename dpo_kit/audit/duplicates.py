@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_kit.audit.faults import EXAMPLES, Places, share_in_words, shown
 from dpo_kit.audit.findings import Check, Example, Finding, Result, Severity
-from dpo_kit.audit.minhash import HASHES, NEAR, Signatures, groups, likeness, near_links, words_of
+from dpo_kit.audit.minhash import HASHES, NEAR, Signatures, near_groups, words_of
 from dpo_kit.audit.preferences import both_orders, on_cycles
 from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED, Kind
 
@@ -127,10 +127,10 @@ class Duplicates:
             _mate(training, group),
         )
         distinct = np.sort(training[firsts])
-        i, j = near_links(self._reply_signatures.array()[distinct])
-        prompts, where = self._prompt_signatures.array(), _numbers(self._prompt_signature)[distinct]
-        near = likeness(prompts, where[i], where[j]) >= NEAR
-        group = groups(len(distinct), i[near], j[near])
+        group = near_groups(
+            (self._reply_signatures.array(), distinct),
+            (self._prompt_signatures.array(), _numbers(self._prompt_signature)[distinct]),
+        )
         yield from self._finding(
             "near_duplicate_rows",
             "warning",
@@ -243,8 +243,7 @@ class Duplicates:
 
     def _near_prompts(self, rows: np.ndarray) -> np.ndarray:
         """For each row the least place in `rows` of one whose prompt is near it, by some way."""
-        where = _numbers(self._prompt_signature)[rows]
-        return groups(len(rows), *near_links(self._prompt_signatures.array()[where]))
+        return near_groups((self._prompt_signatures.array(), _numbers(self._prompt_signature)[rows]))
 
     def _finding(
         self,

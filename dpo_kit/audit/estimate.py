@@ -65,7 +65,7 @@ def estimate(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = "bf16" if place.type == "cuda" else "fp32"
-    fields = source if isinstance(source, dict) else load_config(source).to_dict()
+    fields = model_fields(source)
     with torch.device("meta"):
         model = load_model(fields)
     works = [count_work(step, len(step), model) for step in steps]
@@ -101,6 +101,12 @@ def estimate(
             "machine": machine_bytes(place),
         },
     }
+
+
+def model_fields(source: ModelSource) -> dict[str, Any]:
+    """A model's configuration as fields; raises `InputError` where there is none."""
+    config = load_config(source)
+    return source if isinstance(source, dict) else config.to_dict()
 
 
 def kept_per_token(fields: dict[str, Any], *, bf16: bool = False) -> float | None:

@@ -107,21 +107,36 @@ def likeness(signatures_NK: np.ndarray, first: np.ndarray, second: np.ndarray) -
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def near_links(signatures_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of texts that are near, enough to connect those that are near each other.
+def near_groups(*parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """For each thing the least one that it is connected to by things near each other [things].
 
-    Texts that share a band's key are compared with the first of them and with their neighbour only: the work
-    stays linear, and what one band leaves out another finds.
+    Each of the `parts` (signatures, place of each thing's signature in them) must be near; the first proposes
+    the candidates. Things that share a band's key are compared with the first of them and with their
+    neighbour only, and not where they are connected already: the work stays linear, and what one band leaves
+    out another finds.
     """
-    none = np.empty(0, np.int64)
-    firsts, seconds = [none], [none]
+    signatures_NK, where = parts[0]
+    group = np.arange(len(where))
     for keys in np.ascontiguousarray(signatures_NK).view(np.uint64).T:
-        for i, j in _neighbours(keys):
-            near = likeness(signatures_NK, i, j) >= NEAR
-            firsts.append(i[near])
-            seconds.append(j[near])
-    links = np.unique(np.stack([np.concatenate(firsts), np.concatenate(seconds)]), axis=1)
-    return links[0], links[1]
+        for i, j in _neighbours(keys[where]):
+            apart = group[i] != group[j]
+            i, j = i[apart], j[apart]
+            for signatures, place in parts:
+                near = likeness(signatures, place[i], place[j]) >= NEAR
+                i, j = i[near], j[near]
+            group = _connected(group, i, j)
+    return group
+
+
+def _connected(group: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Groups (each thing's least member) after these things were connected."""
+    while True:
+        a, b = group[first], group[second]
+        if (a == b).all():
+            return group
+        np.minimum.at(group, np.maximum(a, b), np.minimum(a, b))
+        while (group != group[group]).any():
+            group = group[group]
 
 
 def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -137,19 +152,3 @@ def _neighbours(keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     far = same[first[same] != same - 1]
     if len(far):
         yield order[first[far]], order[far]
-
-
-def groups(size: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Links between `size` things -> for each the least one that it is connected to [size]."""
-    parent = list(range(size))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, j in zip(first.tolist(), second.tolist(), strict=True):
-        low, high = sorted((root(i), root(j)))
-        parent[high] = low
-    return np.fromiter(map(root, range(size)), np.int64, size)

@@ -32,9 +32,9 @@ TEXT_SHOWN = 1500
 def write_audit(audit: Audit, folder: Path | str, *, title: str) -> Path:
     """Write the folder and return the path of its page.
 
-    Files of an earlier audit there are overwritten; rows/NAME.jsonl, of a finding or a kind of problem, has
-    a line {"source": place} for each row. Raises `InputError` where the folder cannot be written, or the
-    `report` extra is not installed.
+    An earlier audit there is replaced, with its pictures and rows; rows/NAME.jsonl, of a finding or a kind
+    of problem, has a line {"source": place} for each row. Raises `InputError` where the folder cannot be
+    written, or the `report` extra is not installed.
     """
     require_extra()
     from dpo_kit.audit.pictures import draw_pictures
@@ -55,16 +55,27 @@ def write_audit(audit: Audit, folder: Path | str, *, title: str) -> Path:
         lengths=_lengths(audit),
         cost=cost_rows(audit.figures.get("cost") or {}),
     )
-    page = write_page(folder / "audit.html", html, drawn)
+    rows = _rows(audit)
     try:
+        _clear(folder, plots={each.name for each in drawn}, rows=set(rows))
+        page = write_page(folder / "audit.html", html, drawn)
         text = json.dumps(audit.to_dict(), ensure_ascii=False, indent=1)
         write_whole(folder / "audit.json", text.encode("utf-8", "backslashreplace"))
         (folder / "rows").mkdir(exist_ok=True)
-        for name, places in _rows(audit).items():
+        for name, places in rows.items():
             write_whole(folder / "rows" / f"{name}.jsonl", _lines(places))
     except OSError as error:
         raise InputError(f"cannot be written ({error.strerror})", file=error.filename or folder) from error
     return page
+
+
+def _clear(folder: Path, *, plots: set[str], rows: set[str]) -> None:
+    """Take out what an earlier audit left in the folder and this one has not: nothing but its own files."""
+    if not (folder / "audit.json").exists():
+        return
+    for path in (*(folder / "plots").glob("*.png"), *(folder / "rows").glob("*.jsonl")):
+        if path.stem not in (plots if path.parent.name == "plots" else rows):
+            path.unlink()
 
 
 def _rows(audit: Audit) -> dict[str, list[str]]:

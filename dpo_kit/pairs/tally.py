@@ -136,10 +136,12 @@ class PairsReport:
 
     def left_out(self) -> str:
         """One line on what was left out."""
-        unusable = self.unusable
-        rows = len({str(problem.place) for problem in unusable})
-        head = f"{rows} of {self.read} rows cannot be used: " if unusable else ""
-        return head + "; ".join(self.kinds_in_words())
+        words = dict(zip(self.counts, self.kinds_in_words(), strict=True))
+        unusable = "; ".join(words[kind] for kind in words if not KINDS[kind].by_option)
+        by_option = "; ".join(words[kind] for kind in words if KINDS[kind].by_option)
+        rows = len({str(problem.place) for problem in self.unusable})
+        lines = [f"{rows} of {self.read} rows cannot be used: {unusable}"] if unusable else []
+        return ". ".join([*lines, f"Left out by the options: {by_option}"] if by_option else lines)
 
     def summary(self) -> str:
         """A few readable lines."""

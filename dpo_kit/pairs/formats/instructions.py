@@ -18,10 +18,10 @@ _ALPACA = ("input", "system", "history")
 
 
 def instruction(row: Row) -> str:
-    """The instruction; where there is an input too, it follows behind an empty line."""
+    """The instruction; an input follows on a line of its own, as LLaMA-Factory reads these files."""
     asked = checked_text(row["instruction"], "instruction")
     more = "" if row.get("input") is None else checked_text(row["input"], "input")
-    return f"{asked}\n\n{more}" if more.strip() else asked
+    return f"{asked}\n{more}" if more.strip() else asked
 
 
 def _turns(row: Row, asked: str) -> str | list[dict[str, str]]:
@@ -137,7 +137,7 @@ def _openai(row: Row) -> Row:
 FORMATS = (
     Format(
         "alpaca",
-        "{instruction, input, chosen, rejected}, the input behind an empty line; also with system, and "
+        "{instruction, input, chosen, rejected}, the input on a line of its own; also with system, and "
         "history: [[question, answer]] (hiyouga/LLaMA-Factory)",
         ("instruction", "chosen", "rejected"),
         _alpaca,
