@@ -6,7 +6,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup train-dpo test test-slow lint bench docs data clean
+.PHONY: setup train-dpo test test-slow lint bench bench-data docs data clean
 
 setup: $(READY)
 
@@ -44,9 +44,14 @@ bench: $(READY) .venv-trl-newest/.installed
 	.venv-trl-newest/bin/python -m pip install -q -c .venv-trl-newest/constraints.txt -r benchmarks/trl-newest.txt
 	touch $@
 
-# The table of objectives in the README, from the registry.
+# Reading, checking and tokenising a million pairs -> benchmarks/results/data.md; ARGS="--pairs 50000" for fewer.
+bench-data: $(READY)
+	$(BIN)/python benchmarks/data.py $(ARGS)
+
+# The tables of objectives (README.md) and of shapes (docs/data.md), from the registries.
 docs: $(READY)
 	$(BIN)/python docs/write_objectives.py
+	$(BIN)/python docs/write_formats.py
 
 data: $(READY)
 	$(BIN)/python data/make_small_world.py

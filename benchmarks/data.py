@@ -1,4 +1,4 @@
-"""Read, check and tokenise a file of a million generated pairs: time, memory, and a second run from the cache.
+"""Read, check and tokenise a file of a million generated pairs: time, memory, and a second run.
 
     python benchmarks/data.py [--pairs N] [--tokenizer FOLDER] [--out FOLDER]
 
@@ -121,8 +121,8 @@ def table(found: dict[str, dict[str, Any]], pairs: int, size: int, tokenizer: st
     lines = [
         "# From a file of pairs to ids",
         "",
-        f"{pairs:,} pairs of generated text (words of {corpus()[1]}; lengths of HH), {size / 1e6:,.0f} MB of JSON "
-        f"lines, {tokenizer}. {machine_in_words(machine())}.",
+        f"{pairs:,} pairs of generated text (words of {corpus()[1]}; lengths of HH), {size / 1e6:,.0f} MB of "
+        f"JSON lines, {tokenizer}. {machine_in_words(machine())}.",
         "",
         "| | seconds | pairs/s | MB/s | peak memory (VmHWM) | of it in no file at the end (RssAnon) |",
         "|---|---:|---:|---:|---:|---:|",
@@ -137,10 +137,10 @@ def table(found: dict[str, dict[str, Any]], pairs: int, size: int, tokenizer: st
         f"{first['loading']:.1f} s to read and check, {first['tokenising']:.1f} s to tokenise and write. "
         f"Peak memory is {'below' if first['peak'] < MEMORY_LIMIT else 'NOT below'} 2 GB; "
         f"{first['imports']['peak'] / 1e9:.2f} GB of it is there before the first row is read. It counts the "
-        "pages of the mapped cache files that were looked at, which the kernel takes back when it needs them.",
+        "pages of the mapped cache files that were read, which the kernel takes back when it needs them.",
         "",
-        "Tokenizers alone: `encode_batch_fast` on each prompt, chosen and rejected reply once, in batches of "
-        "1000 texts, all cores, results thrown away. Imports and the loading of the tokenizer are in no figure.",
+        "Tokenizers alone: `encode_batch_fast` on each prompt, chosen and rejected reply once, in batches "
+        "of 1000 texts, all cores, results thrown away. No figure has imports or the tokenizer's loading in it.",
     ]
     disturbed = [step for step, of in found.items() if of["others"] and of["others"] > DISTURBED]
     if disturbed:

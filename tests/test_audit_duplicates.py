@@ -126,6 +126,14 @@ def test_many_alike_do_not_cost_the_square() -> None:
     assert time.process_time() - started < 5  # all pairs of them would take minutes
 
 
+def test_a_long_reply_does_not_hide_that_a_short_one_differs() -> None:
+    long = " ".join(words(random.Random(7), 300))
+    assert findings(Duplicates(), pairs((long, long, "Yes"), (long, long, "No"))).keys() == {"shared_prompts"}
+    assert findings(Duplicates(), pairs((long, "Yes", long), (long, "No", long))).keys() == {"shared_prompts"}
+    found = findings(Duplicates(), pairs((long, long, "Yes"), (long, "No", long), (long, long, "yes")))
+    assert lines(found["near_duplicate_rows"]) == [1, 3]
+
+
 def test_both_orders_whatever_case_and_space() -> None:
     rows = pairs(
         ("p", "a", "b"),

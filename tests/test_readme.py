@@ -1,4 +1,4 @@
-"""What README.md says is so: its Python runs, and its table of objectives is today's."""
+"""What README.md says is so: its Python runs, and the tables of objectives and shapes are today's."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_every_python_block_runs(names: dict[str, Any]) -> None:
         assert trainer.state.global_step == 1
 
 
-def writer() -> ModuleType:
-    """docs/write_objectives.py, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("write_objectives", ROOT / "docs" / "write_objectives.py")
+def writer(name: str) -> ModuleType:
+    """docs/NAME.py, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -66,8 +66,9 @@ def writer() -> ModuleType:
     return module
 
 
-def test_the_table_of_objectives_is_todays() -> None:
-    docs = writer()
-    if docs.BEGIN not in TEXT:
-        pytest.skip("README.md has no place for the table yet")
-    assert docs.with_table(TEXT) == TEXT, "run `make docs`"
+@pytest.mark.parametrize(
+    ("name", "page"), [("write_objectives", README), ("write_formats", ROOT / "docs/data.md")]
+)
+def test_the_tables_of_registries_are_todays(name: str, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert writer(name).with_table(text) == text, "run `make docs`"

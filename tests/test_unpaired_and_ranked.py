@@ -229,6 +229,8 @@ def test_statistics_by_hand(file: Path) -> None:
     report = inspect_pairs(write(file, *(dict(zip(TEXT, row, strict=True)) for row in rows)))
     told = json.loads(json.dumps(report.to_dict()))
     assert told["kind"] == "unpaired"
+    histograms = told["statistics"].pop("histograms")
+    assert histograms["prompt"] == {"edges": [*range(1, 12)], "counts": [3, 1, *[0] * 8]}
     assert told["statistics"] == {
         "prompt_characters": {"median": 1.0, "p95": 2, "max": 2},
         "desirable_characters": {"median": 4.0, "p95": 10, "max": 10},
@@ -243,6 +245,7 @@ def test_statistics_by_hand(file: Path) -> None:
     report = inspect_pairs(write(file, *(dict(zip(LIST, row, strict=True)) for row in lists)), shape="lists")
     told = json.loads(json.dumps(report.to_dict()))
     assert told["kind"] == "lists"
+    assert told["statistics"].pop("histograms")["best"]["counts"][:3] == [0, 1, 2]
     assert told["statistics"] == {
         "prompt_characters": {"median": 1.0, "p95": 1, "max": 1},
         "best_characters": {"median": 3.0, "p95": 3, "max": 3},

@@ -1,6 +1,6 @@
 """What is in the data more than once: rows, prompts, the same pair with both orders, rows of held-out data.
 
-Rows leave digests of 64 bits and MinHash signatures behind (`minhash`), some 350 bytes in all; texts are kept
+Rows leave digests of 64 bits and MinHash signatures behind (`minhash`), some 500 bytes in all; texts are kept
 of the first rows only, to show. All but equal rows are told apart whatever their case and white space.
 """
 
@@ -40,7 +40,9 @@ class Duplicates:
         self._held_out = array("B")
         self._whole, self._prompts, self._rows = array("Q"), array("Q"), array("Q")
         self._prompt_signature = array("I")
-        self._prompt_signatures, self._reply_signatures = Signatures(), Signatures()
+        self._prompt_signatures = Signatures()
+        # Of the first reply, and of the others: a long one must not hide that a short one differs.
+        self._first_signatures, self._other_signatures = Signatures(), Signatures()
         # Of the preferences: the better and the worse reply, and the row. Of labelled replies: reply, label.
         self._better, self._worse, self._edge_row = array("Q"), array("Q"), array("I")
         self._labelled, self._labels = array("Q"), array("B")
@@ -70,7 +72,8 @@ class Duplicates:
         self._whole.append(_digest(texts.encode("utf-8", "surrogatepass")))
         words_of_replies = [words_of(reply) for reply in example.replies]
         replies = [_digest(b" ".join(words), self._last_digest) for words in words_of_replies]
-        self._reply_signatures.add(*words_of_replies)
+        self._first_signatures.add(*words_of_replies[:1])
+        self._other_signatures.add(*words_of_replies[1:])
         self._rows.append(_digest(f"{replies} {judgement}".encode()))
         if not example.held_out:
             self._add_preferences(example, replies, index)
@@ -128,15 +131,17 @@ class Duplicates:
         )
         distinct = np.sort(training[firsts])
         group = near_groups(
-            (self._reply_signatures.array(), distinct),
+            (self._first_signatures.array(), distinct),
+            (self._other_signatures.array(), distinct),
             (self._prompt_signatures.array(), _numbers(self._prompt_signature)[distinct]),
+            proposing=2,
         )
         yield from self._finding(
             "near_duplicate_rows",
             "warning",
             distinct[_of_several(group)],
             len(training),
-            f"are nearly the same as another, prompt and replies ({_ESTIMATE})",
+            f"are nearly the same as another, prompt and each reply ({_ESTIMATE})",
             "Read a few of them; keep one of each group, where they say the same",
             _mate(distinct, group),
         )

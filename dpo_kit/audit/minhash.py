@@ -107,18 +107,21 @@ def likeness(signatures_NK: np.ndarray, first: np.ndarray, second: np.ndarray) -
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def near_groups(*parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def near_groups(*parts: tuple[np.ndarray, np.ndarray], proposing: int = 1) -> np.ndarray:
     """For each thing the least one that it is connected to by things near each other [things].
 
-    Each of the `parts` (signatures, place of each thing's signature in them) must be near; the first proposes
-    the candidates. Things that share a band's key are compared with the first of them and with their
-    neighbour only, and not where they are connected already: the work stays linear, and what one band leaves
-    out another finds.
+    Each of the `parts` (signatures, place of each thing's signature in them) must be near; the first ones,
+    `proposing` of them, name the candidates together. Things that share a band's keys are compared with the
+    first of them and with their neighbour only, and not where they are connected already: the work stays
+    linear, and what one band leaves out another finds.
     """
-    signatures_NK, where = parts[0]
-    group = np.arange(len(where))
-    for keys in np.ascontiguousarray(signatures_NK).view(np.uint64).T:
-        for i, j in _neighbours(keys[where]):
+    group = np.arange(len(parts[0][1]))
+    bands = [(np.ascontiguousarray(signatures).view(np.uint64), place) for signatures, place in parts]
+    for band in range(HASHES // _BAND):
+        keys = np.zeros(len(group), np.uint64)
+        for columns, place in bands[:proposing]:
+            keys = keys * np.uint64(0x9E3779B97F4A7C15) ^ columns[place, band]
+        for i, j in _neighbours(keys):
             apart = group[i] != group[j]
             i, j = i[apart], j[apart]
             for signatures, place in parts:
