@@ -140,7 +140,7 @@ def table(found: dict[str, dict[str, Any]], pairs: int, size: int, tokenizer: st
         "pages of the mapped cache files that were read, which the kernel takes back when it needs them.",
         "",
         "Tokenizers alone: `encode_batch_fast` on each prompt, chosen and rejected reply once, in batches "
-        "of 1000 texts, all cores, results thrown away. No figure has imports or the tokenizer's loading in it.",
+        "of 1000 texts, all cores, results thrown away. Imports and loading the tokenizer are left out.",
     ]
     disturbed = [step for step, of in found.items() if of["others"] and of["others"] > DISTURBED]
     if disturbed:

@@ -14,14 +14,16 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# How many spaces are looked at, from the end of a text, for one between letters.
-TRIES = 64
-
-_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+# So many characters, from the end of a text, are searched for a cut.
+REACH = 256
+# The end of a word before white space.
+_AT_SPACE = re.compile(r".*[A-Za-z.,:;?!](?= )", re.DOTALL)
+_AT_SPACE_OR_LINE = re.compile(r".*(?:[A-Za-z.,:;?!](?= )|[A-Za-z](?=\n))", re.DOTALL)
 
 # What the splitting rules of GPT-2, Llama 3, Qwen, GPT-4o and their kin are made of. None of these goes on
-# from a letter to a space, none looks back, and only `\s+(?!\S)` looks ahead, from white space to one
-# character. So one word ends before " x" and another begins there, whatever stands before and after.
+# from a letter or mark to a space, or from a letter to the end of a line; none looks back; and only
+# `\s+(?!\S)` looks ahead, from white space on. So a piece ends and another begins at such a place, whatever
+# stands around it.
 _MARKS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SAFE_ALTERNATIVES = frozenset(
@@ -44,12 +46,18 @@ def safe_cut(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
 
     ids(text + more) = ids(text[:p]) + ids(text[p:] + more)
 
-    without special tokens. It is the last place before a space with ASCII letters on both sides; 0 where
-    there is none, and for tokenizers of which it is not known to be right. These split a text at such
-    places before they look at what the pieces are made of, change nothing across them, and have no added
-    token that holds or swallows a space.
+    without special tokens. It is the last place behind a word and before a space (for tokenizers of bytes, or
+    the end of a line), out of the last `REACH` characters; 0 where there is none, and for tokenizers of which
+    it is not known to be right. These split a text at such places before they look at what the pieces are
+    made of, change nothing across them, and have no added token that holds or swallows white space.
     """
-    return _last_word if _splits_between_words(tokenizer) else lambda text: 0
+    places = _places(tokenizer)
+
+    def cut(text: str) -> int:
+        found = places and places.match(text, max(0, len(text) - REACH))
+        return found.end() if found else 0
+
+    return cut
 
 
 def gives_back_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -73,37 +81,39 @@ def is_plain_backend(tokenizer: PreTrainedTokenizerBase) -> bool:
     )
 
 
-def _last_word(text: str) -> int:
-    end = len(text)
-    for _ in range(TRIES):
-        end = text.rfind(" ", 1, end)
-        if end < 0:
-            return 0
-        if text[end - 1] in _LETTERS and text[end + 1 : end + 2] in _LETTERS:
-            return end
-    return 0
-
-
-def _splits_between_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _places(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
+    """What matches a text up to the last place at which it may be cut; None where it never may."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.pre_tokenizer is None:
-        return False
+        return None
     if backend.normalizer is not None and type(backend.normalizer).__name__ != "NFC":
-        return False
+        return None
     model = backend.model
     # With dropout the ids are drawn anew for each text.
     if type(model).__name__ not in ("BPE", "WordPiece", "WordLevel", "Unigram"):
-        return False
+        return None
     if getattr(model, "dropout", None) or getattr(model, "alpha", None):
-        return False
+        return None
     for token in backend.get_added_tokens_decoder().values():
         if token.rstrip or any(character.isspace() for character in token.content):
-            return False
-    return _splits(json.loads(backend.pre_tokenizer.__getstate__())) is True
+            return None
+    rule = json.loads(backend.pre_tokenizer.__getstate__())
+    if not _splits(rule):
+        return None
+    return _AT_SPACE_OR_LINE if _keeps_lines(rule) else _AT_SPACE
+
+
+def _keeps_lines(rule: dict[str, Any]) -> bool:
+    """Whether a text that begins with the end of a line is split as it is where it follows another."""
+    if rule["type"] == "Sequence":
+        return all(_keeps_lines(part) for part in rule["pretokenizers"])
+    if rule["type"] == "ByteLevel":
+        return not rule["add_prefix_space"]
+    return rule["type"] in ("Split", "Digits")
 
 
 def _splits(rule: dict[str, Any]) -> bool | None:
-    """Whether the pre-tokenizer is one that splits between words; None where it only does no harm."""
+    """Whether the pre-tokenizer splits behind words; None where it does not, but does no harm."""
     kind = rule["type"]
     if kind == "Sequence":
         parts = [_splits(part) for part in rule["pretokenizers"]]

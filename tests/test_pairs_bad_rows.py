@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from pair_files import error_of, write
 
-from dpo_kit.pairs import read_pairs
+from dpo_kit.audit import inspect_pairs
+from dpo_kit.errors import InputError
+from dpo_kit.pairs import load_pairs, read_pairs
 from dpo_kit.pairs.formats import FORMATS
 from dpo_kit.pairs.formats.dialogues import ASSISTANT, HUMAN
 from dpo_kit.pairs.schema import BadRow, UnusablePair
@@ -106,6 +108,29 @@ def test_unusable_sharegpt_rows_name_their_own_fields(file: Path) -> None:
         ("reply_not_one_assistant_message", "chosen"),
         ("empty_prompt", "conversations"),
     ]
+
+
+def test_an_audit_goes_on_behind_bad_rows_and_broken_lines(file: Path) -> None:
+    good = json.dumps(TEXT_ROW)
+    broken = [
+        '{"prompt": "a", "chosen": ',
+        json.dumps({**TEXT_ROW, "chosen": 3}),
+        "[1]",
+        '{"prompt": 1, "prompt": 2}',
+    ]
+    file.write_text("\n".join([good, *broken, good]) + "\n")
+    report = inspect_pairs(file)
+    assert (report.read, report.kept, report.counts) == (6, 2, {"bad_row": 4})
+    assert [(p.place.line, p.field) for p in report.problems] == [
+        (2, None),
+        (3, "chosen"),
+        (4, None),
+        (5, "prompt"),
+    ]
+    assert "found a number" in report.problems[1].message
+    with pytest.raises(InputError) as caught:
+        load_pairs(file, invalid="drop")
+    assert caught.value.line == 2
 
 
 GOOD_ROWS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from dpo_kit.pairs.kinds import Kind
 from dpo_kit.pairs.tally import PairsReport
@@ -83,6 +83,7 @@ class Check(Protocol):
 class Audit(PairsReport):
     """The account of the loading, the findings (the gravest first), and each check's figures by its name."""
 
+    goes_on: ClassVar[bool] = True
     findings: list[Finding] = field(default_factory=list)
     figures: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 

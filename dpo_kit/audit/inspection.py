@@ -50,9 +50,9 @@ def inspect_pairs(
         Its weights are not read.
     chat_template_kwargs: for the chat template.
 
-    Raises `InputError` for trouble with structure (broken files, missing fields), never for unusable rows;
-    where no row is usable, there are no statistics. And for a tokenizer that cannot be loaded or has no EOS,
-    and a model without a tokenizer.
+    Raises `InputError` for a file that cannot be read on and one of no known shape, never for rows that are
+    unusable or of the wrong structure; where no row is usable, there are no statistics. And for a tokenizer
+    that cannot be loaded or has no EOS, and a model without a tokenizer.
     """
     loading = LoadOptions.of(format=format, **options)
     audit, gatherer = Audit(), Gatherer()

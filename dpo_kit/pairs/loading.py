@@ -203,7 +203,9 @@ def _rows_of_source(
     first = next(raw, None)
     if first is None:
         raise InputError("there is no row in it", file=source.name)
-    form = form or detected_format(*first)
+    if isinstance(first[0], InputError):
+        raise first[0]
+    form = form or detected_format(first[0], first[1])
     account.format = form.name
     checked, kind = _checked(chain((first,), raw), form, options, report), form.kind
     if is_grouped(kind, options):
@@ -231,8 +233,11 @@ def _checked(
     convert = form.adapter(options.judgement)
     columns: dict[str, None] = {}
     for row, place in rows:
-        columns.update(dict.fromkeys(row))
         account.read += 1
+        if isinstance(row, InputError):
+            report.meet(row, place)
+            continue
+        columns.update(dict.fromkeys(row))
         try:
             for part in form.canonical(row, convert):
                 if isinstance(part, UnusablePair):
@@ -240,7 +245,8 @@ def _checked(
                 else:
                     yield part, [place]
         except BadRow as bad:
-            raise place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend) from bad
+            error = place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend)
+            report.meet(error, place)
     account.unused_columns = form.unused(columns)
 
 

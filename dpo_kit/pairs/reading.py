@@ -21,7 +21,8 @@ from typing import Any
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.schema import NUMBERS, Place, kind_of
 
-RawRow = tuple[dict[str, Any], Place]
+# A line of JSON that cannot be read is given as its error, so that an audit can go on behind it.
+RawRow = tuple[dict[str, Any] | InputError, Place]
 Line = tuple[int, str]
 
 COMPRESSIONS = (".gz", ".zst")
@@ -157,13 +158,19 @@ def _skip_white(text: str, at: int) -> int:
 
 def _rows_of_lines(path: str, lines: Iterator[Line]) -> Iterator[RawRow]:
     for number, line in lines:
-        text = line.rstrip("\r\n")
-        value, end = _decoded(path, text, _skip_white(text, 0), number, alone=True)
-        end = _skip_white(text, end)
-        if end < len(text):
-            raise _broken(path, json.JSONDecodeError("Extra data", text, end), number)
-        _check_row(path, value, number, _ONE_A_LINE)
-        yield value, Place(path, number)
+        try:
+            yield _row_of_line(path, number, line.rstrip("\r\n")), Place(path, number)
+        except InputError as error:
+            yield error, Place(path, number)
+
+
+def _row_of_line(path: str, number: int, text: str) -> dict[str, Any]:
+    value, end = _decoded(path, text, _skip_white(text, 0), number, alone=True)
+    end = _skip_white(text, end)
+    if end < len(text):
+        raise _broken(path, json.JSONDecodeError("Extra data", text, end), number)
+    _check_row(path, value, number, _ONE_A_LINE)
+    return value
 
 
 def _json_lines(path: str) -> Iterator[RawRow]:

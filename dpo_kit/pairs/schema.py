@@ -46,6 +46,7 @@ class ProblemKind:
 
 
 KINDS = {
+    "bad_row": ProblemKind("the row cannot be read, or has the wrong structure", "Correct the row"),
     "empty_completion": ProblemKind("the reply is empty", "Write the reply, or take the row out"),
     "reply_not_text": ProblemKind("the reply is no text", "Write the reply as text, or take the row out"),
     "empty_prompt": ProblemKind("the prompt is empty", "Write the prompt, or take the row out"),

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, Kind
@@ -47,7 +47,12 @@ class SourceReport:
 
 @dataclass(slots=True)
 class PairsReport:
-    """All sources of one loading. Of a row that is one example there is at most one problem."""
+    """All sources of one loading. Of a row that is one example there is at most one problem.
+
+    `goes_on`: rows of the wrong structure are counted, and do not stop the reading.
+    """
+
+    goes_on: ClassVar[bool] = False
 
     sources: list[SourceReport] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -81,6 +86,13 @@ class PairsReport:
         """Take a problem into the account."""
         known = KINDS[kind]
         self.problems.append(Problem(kind, place, field, message or known.message, known.mend))
+
+    def meet(self, error: InputError, place: Place) -> None:
+        """A row that cannot be read or is of the wrong structure: raised, or counted where reading goes on."""
+        if not self.goes_on:
+            raise error
+        mend = error.mend or KINDS["bad_row"].mend
+        self.problems.append(Problem("bad_row", place, error.field, error.problem, mend))
 
     @property
     def counts(self) -> dict[str, int]:
