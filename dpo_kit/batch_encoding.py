@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.borders import gives_back_bytes, is_plain_backend, safe_cut
 from dpo_kit.chat import RowText
-from dpo_kit.encoding import encode_texts, opening_of, texts_of, without_end
+from dpo_kit.encoding import Ids, encode_texts, opening_of, texts_of, without_end
 
 ROWS_AT_ONCE = 256
 
@@ -92,16 +92,34 @@ class EncodedRows:
     inexact: np.ndarray
 
 
-def encode_batch(
+def encode_groups(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any] | None,
-) -> EncodedRows:
-    """What `encoding.encode_replies` gives for these rows, in arrays."""
+) -> Iterator[EncodedRows]:
+    """What `encoding.encode_replies` gives for these rows, in arrays, `ROWS_AT_ONCE` after the other.
+
+    While the caller is at one group, the tokenizer's threads are at the next.
+    """
     texts = texts_of(rows, tokenizer, template_kwargs)
-    if is_plain_backend(tokenizer):
-        return _Batch(texts, tokenizer).put_together()
-    encoded = encode_texts(list(texts), tokenizer)
+    if not is_plain_backend(tokenizer):
+        while some := list(islice(texts, ROWS_AT_ONCE)):
+            yield _of_lists(encode_texts(some, tokenizer))
+        return
+    # The call by which it finds them leaves the backend without padding and truncation, as needed here.
+    opening, cut = opening_of(tokenizer), safe_cut(tokenizer)
+    waiting: deque[_Group] = deque()
+    # Two calls at a time, since a call's own beginning and end use one core only.
+    with ThreadPoolExecutor(2) as threads:
+        while some := list(islice(texts, ROWS_AT_ONCE)):
+            waiting.append(_Group(some, tokenizer, opening, cut, threads))
+            if len(waiting) > 2:
+                yield waiting.popleft().put_together()
+        while waiting:
+            yield waiting.popleft().put_together()
+
+
+def _of_lists(encoded: list[tuple[Ids, bool]]) -> EncodedRows:
     return EncodedRows(
         Sequences.of([prompt for (prompt, _), _ in encoded]),
         Sequences.of([reply for (_, replies), _ in encoded for reply in replies]),
@@ -110,52 +128,36 @@ def encode_batch(
     )
 
 
-class _Batch:
-    """Encodes texts piece by piece, then makes the rows of the pieces."""
+class _Group:
+    """Has the distinct texts of some rows encoded, then makes the rows of their ids."""
 
-    def __init__(self, texts: Iterator[RowText], tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        # The call by which it finds them leaves the backend without padding and truncation, as needed here.
-        self._opening = opening_of(tokenizer)
-        self._texts: list[RowText] = []
-        self._number: dict[str, int] = {}  # of each distinct text, in the order in which they are encoded
-        self._heads: list[int] = []  # for each row the text of its prompt up to the cut,
+    def __init__(
+        self,
+        texts: list[RowText],
+        tokenizer: PreTrainedTokenizerBase,
+        opening: list[int],
+        cut: Callable[[str], int],
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._texts, self._tokenizer, self._opening, self._cut = texts, tokenizer, opening, cut
+        self._heads: list[int] = []  # for each row the number of the text of its prompt up to the cut,
         self._tails: list[int] = []  # and from there,
-        self._joint: list[int] = []  # and for each reply that with the reply
+        self._joint: list[int] = []  # and for each reply of that with the reply
         self._flat, self._bounds = array("i"), array("q", [0])
-        self._encode(texts)
+        encode = tokenizer.backend_tokenizer.encode_batch_fast
+        self._encoded = threads.submit(encode, self._distinct(), add_special_tokens=False)
 
-    def _encode(self, texts: Iterator[RowText]) -> None:
-        """Texts are made ready, and ids taken over, while the tokenizer's threads work on others."""
-        encode = self._tokenizer.backend_tokenizer.encode_batch_fast
-        cut = safe_cut(self._tokenizer)
-        running: deque[Future] = deque()
-        # Two calls at a time, since a call's own beginning and end use one core only.
-        with ThreadPoolExecutor(2) as threads:
-            while some := list(islice(texts, ROWS_AT_ONCE)):
-                running.append(threads.submit(encode, self._new(some, cut), add_special_tokens=False))
-                if len(running) > 2:
-                    self._take_over(running.popleft())
-            while running:
-                self._take_over(running.popleft())
-
-    def _new(self, texts: list[RowText], cut: Callable[[str], int]) -> list[str]:
-        """The texts that some more rows need, and no row before them did."""
-        number, known = self._number, len(self._number)
-        for text in texts:
-            at = cut(text.prompt)
+    def _distinct(self) -> list[str]:
+        number: dict[str, int] = {}
+        for text in self._texts:
+            at = self._cut(text.prompt)
             tail = text.prompt[at:]
             self._heads.append(number.setdefault(text.prompt[:at], len(number)))
             self._tails.append(number.setdefault(tail, len(number)))
             for reply, end in zip(text.replies, text.ends, strict=True):
                 joint = tail + without_end(reply, end)
                 self._joint.append(number.setdefault(joint, len(number)))
-        self._texts += texts
-        return list(islice(number, known, None))
-
-    def _take_over(self, done: Future) -> None:
-        for encoding in done.result():
-            self._append(encoding.ids)
+        return list(number)
 
     def _append(self, ids: list[int]) -> int:
         self._flat.fromlist(ids)
@@ -164,6 +166,8 @@ class _Batch:
 
     def put_together(self) -> EncodedRows:
         """The rows; those with a token across the border are encoded plainly."""
+        for encoding in self._encoded.result():
+            self._append(encoding.ids)
         bos_id = self._tokenizer.bos_token_id
         nothing, opening = self._append([]), self._append(self._opening)
         bos = nothing if bos_id is None else self._append([bos_id])
@@ -210,8 +214,7 @@ class _Batch:
         short = gives_back_bytes(self._tokenizer)
         texts = [self._texts[row] for row in rows]
         if short:
-            cut = safe_cut(self._tokenizer)
-            texts = [replace(text, prompt=text.prompt[cut(text.prompt) :]) for text in texts]
+            texts = [replace(text, prompt=text.prompt[self._cut(text.prompt) :]) for text in texts]
         prompts: dict[int, list[int]] = {}
         replies: dict[int, list[int]] = {}
         for row, ((prompt, own), inexact) in zip(rows, encode_texts(texts, self._tokenizer), strict=True):

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kit.batch_encoding import EncodedRows, Sequences, encode_batch
+from dpo_kit.batch_encoding import EncodedRows, Sequences, encode_groups
 from dpo_kit.cache_folder import cache_folder
 from dpo_kit.encoding import require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
@@ -187,37 +187,53 @@ def _tokenize_batch(
     template_kwargs: dict[str, Any],
     schema: pa.Schema,
 ) -> pa.Table:
-    """What `datasets.map` calls: a row for each input row, with no ids where the row is left out.
-
-    Whatever is kept whole stays in arrays; only the other rows are looked at one by one.
-    """
+    """What `datasets.map` calls: a row for each input row, with no ids where the row is left out."""
     rows = batch.to_pylist()
-    judgements: list[Any] = [_judgement(row, kind) for row in rows] if kind.judgement else []
-    encoded = encode_batch(rows, tokenizer, template_kwargs)
+    judgements = [_judgement(row, kind) for row in rows] if kind.judgement else []
+    tables, start = [], 0
+    for encoded in encode_groups(rows, tokenizer, template_kwargs):
+        end = start + len(encoded.counts)
+        tables.append(_outcomes(encoded, judgements[start:end], kind, policy, tokenizer.bos_token_id))
+        start = end
+    done = pa.concat_tables(tables)
+    columns: dict[str, Any] = {
+        **dict(zip(done.column_names, done.columns, strict=True)),
+        "index": indices,
+        **({kind.judgement: judgements} if kind.judgement else {}),
+        **{name: batch[name] for name in CARRIED if name in batch.column_names},
+    }
+    return pa.table(columns, schema)
+
+
+def _outcomes(
+    encoded: EncodedRows, judgements: list[Any], kind: Kind, policy: LengthPolicy, bos_id: int | None
+) -> pa.Table:
+    """Ids as they are kept, and what was done. Whatever is kept whole stays in arrays; only the other rows are
+    looked at one by one."""
     first = np.cumsum(encoded.counts) - encoded.counts  # each row's first reply
     lengths = encoded.prompts.lengths + np.maximum.reduceat(encoded.replies.lengths, first)
-    outcomes = np.full(len(rows), "kept", dtype=object)
+    outcomes = np.full(len(first), "kept", dtype=object)
     prompts: dict[int, list[int]] = {}
     replies: dict[int, list[int]] = {}
     for row in _not_surely_whole(encoded, first, lengths, kind, policy):
         own = range(first[row], first[row] + encoded.counts[row])
         ids = encoded.prompts.ids(row), [encoded.replies.ids(reply) for reply in own]
         scores = judgements[row] if kind == LISTS else ()
-        kept, outcomes[row] = outcome_of(ids, kind, scores, policy, tokenizer.bos_token_id)
+        kept, outcomes[row] = outcome_of(ids, kind, scores, policy, bos_id)
         if kept is not ids:
             prompts[row], kept_replies = kept or ([], [[] for _ in own])
             replies.update(zip(own, kept_replies, strict=True))
-    columns: dict[str, Any] = {
-        "prompt_ids": _list_array(encoded.prompts.replaced(prompts)),
-        **_reply_columns(encoded.replies.replaced(replies), encoded.counts, np.isin(outcomes, DROPPED), kind),
-        "index": indices,
-        "outcome": outcomes,
-        "length": lengths,
-        "inexact": encoded.inexact,
-        **({kind.judgement: judgements} if kind.judgement else {}),
-        **{name: batch[name] for name in CARRIED if name in batch.column_names},
-    }
-    return pa.table(columns, schema)
+    return pa.table(
+        {
+            "prompt_ids": _list_array(encoded.prompts.replaced(prompts)),
+            **_reply_columns(
+                encoded.replies.replaced(replies), encoded.counts, np.isin(outcomes, DROPPED), kind
+            ),
+            "outcome": pa.array(outcomes, pa.string()),
+            "length": lengths,
+            "inexact": encoded.inexact,
+        }
+    )
 
 
 def _not_surely_whole(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from dpo_kit import batch_encoding
-from dpo_kit.batch_encoding import EncodedRows, encode_batch
+from dpo_kit.batch_encoding import EncodedRows, encode_groups
 from dpo_kit.borders import is_plain_backend, safe_cut
 from dpo_kit.encoding import encode_replies
 from dpo_kit.tokenizer import load_tokenizer
@@ -169,12 +170,14 @@ CUT = (
 WHOLE = (llama2_like, unsplit_metaspace, greedy_token, unknown_rule)
 
 
-def as_lists(encoded: EncodedRows) -> list:
-    counts, rows, at = encoded.counts.tolist(), [], 0
-    for row, count in enumerate(counts):
-        replies = [encoded.replies.ids(at + i) for i in range(count)]
-        rows.append(((encoded.prompts.ids(row), replies), bool(encoded.inexact[row])))
-        at += count
+def as_lists(groups: Iterator[EncodedRows]) -> list:
+    rows = []
+    for encoded in groups:
+        at = 0
+        for row, count in enumerate(encoded.counts.tolist()):
+            replies = [encoded.replies.ids(at + i) for i in range(count)]
+            rows.append(((encoded.prompts.ids(row), replies), bool(encoded.inexact[row])))
+            at += count
     return rows
 
 
@@ -202,7 +205,7 @@ def test_equal_to_the_definition(make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert safe_cut(tokenizer)("one two. #\n") == (8 if make in CUT else 0)
     monkeypatch.setattr(batch_encoding, "ROWS_AT_ONCE", 100)
     rows = random_rows(1, 1500)
-    assert as_lists(encode_batch(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
+    assert as_lists(encode_groups(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
 
 
 @pytest.mark.parametrize("make", CUT, ids=lambda make: make.__name__)
@@ -234,7 +237,7 @@ def test_lists_and_unpaired_rows() -> None:
     ]
     single = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in pairs]
     for rows in (lists, single):
-        assert as_lists(encode_batch(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
+        assert as_lists(encode_groups(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
 
 
 def test_messages_and_tokens_in_text() -> None:
@@ -251,10 +254,10 @@ def test_messages_and_tokens_in_text() -> None:
         }
         for row in random_rows(4, 150)
     ]
-    assert as_lists(encode_batch(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
+    assert as_lists(encode_groups(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
     for tokenizer.split_special_tokens in (True, False):
         plain = random_rows(5, 150)
-        assert as_lists(encode_batch(plain, tokenizer, None)) == encode_replies(plain, tokenizer, None)
+        assert as_lists(encode_groups(plain, tokenizer, None)) == encode_replies(plain, tokenizer, None)
 
 
 def test_a_tokenizer_with_a_call_of_its_own_is_called() -> None:
@@ -267,7 +270,7 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called() -> None:
     tokenizer = Shouting(tokenizer_object=plain.backend_tokenizer, eos_token="<|end|>")
     rows = random_rows(6, 50)
     assert not is_plain_backend(tokenizer)
-    assert as_lists(encode_batch(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
+    assert as_lists(encode_groups(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
     assert encode_replies(rows, tokenizer, None) != encode_replies(rows, plain, None)
 
 
@@ -276,4 +279,4 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called() -> None:
 def test_gpt2_on_many_texts() -> None:
     tokenizer = load_tokenizer(GPT2)
     rows = random_rows(7, 100_000)
-    assert as_lists(encode_batch(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)
+    assert as_lists(encode_groups(rows, tokenizer, None)) == encode_replies(rows, tokenizer, None)

@@ -237,15 +237,15 @@ def test_an_interrupted_write_is_not_taken(
     tokenizer: CountingTokenizer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = []
-    encode_batch = tokenization.encode_batch
+    encode_groups = tokenization.encode_groups
 
     def interrupted(*args):
         batches.append(sorted(file.name for file in cache.iterdir()))
         if len(batches) == 4:
             raise KeyboardInterrupt
-        return encode_batch(*args)
+        return encode_groups(*args)
 
-    monkeypatch.setattr(tokenization, "encode_batch", interrupted)
+    monkeypatch.setattr(tokenization, "encode_groups", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize_pairs(many(), tokenizer)
     # What a kill would have left behind has not the name that the next run looks for.

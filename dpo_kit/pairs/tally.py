@@ -88,7 +88,7 @@ class PairsReport:
         self.problems.append(Problem(kind, place, field, message or known.message, known.mend))
 
     def meet(self, error: InputError, place: Place) -> None:
-        """A row that cannot be read or is of the wrong structure: raised, or counted where reading goes on."""
+        """A row that cannot be read or is of the wrong structure: raise, or count it and go on."""
         if not self.goes_on:
             raise error
         mend = error.mend or KINDS["bad_row"].mend
