@@ -64,7 +64,8 @@ def _parameter(field: Field[Any], defaults: dict[str, Any]) -> inspect.Parameter
 def mapping_of(given: Sequence[str]) -> dict[str, Any] | None:
     """`["prompt=q.text", "values.first=A,B"]` -> `{"prompt": "q.text", "values": {"first": ["A", "B"]}}`.
 
-    A value under `values` that reads as a JSON number, true, false or null is one. Raises `InputError`.
+    A value under `values` that reads as a JSON number, true, false or null means that as well as the text.
+    Raises `InputError`.
     """
     mapping: dict[str, Any] = {}
     for text in given:
@@ -78,13 +79,13 @@ def mapping_of(given: Sequence[str]) -> dict[str, Any] | None:
         key = inner if dot else outer
         if not isinstance(place, dict) or key in place:
             raise InputError(f"'{name}' is given twice", field="--map", mend="Give each field once")
-        place[key] = [_scalar(part) for part in value.split(",")] if dot else value
+        place[key] = [reading for part in value.split(",") for reading in _readings(part)] if dot else value
     return mapping or None
 
 
-def _scalar(text: str) -> Any:
+def _readings(text: str) -> list[Any]:
     try:
         value = json.loads(text)
     except ValueError:
-        return text
-    return text if isinstance(value, list | dict | str) else value
+        return [text]
+    return [text] if isinstance(value, list | dict | str) else [text, value]

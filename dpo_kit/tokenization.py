@@ -208,7 +208,7 @@ def _tokenize_batch(
 def _outcomes(
     encoded: EncodedRows, judgements: list[Any], kind: Kind, policy: LengthPolicy, bos_id: int | None
 ) -> pa.Table:
-    """Ids as they are kept, and what was done. Whatever is kept whole stays in arrays; only the other rows are
+    """Ids as they are kept, and what was done. What is kept whole stays in arrays; only the other rows are
     looked at one by one."""
     first = np.cumsum(encoded.counts) - encoded.counts  # each row's first reply
     lengths = encoded.prompts.lengths + np.maximum.reduceat(encoded.replies.lengths, first)

@@ -188,7 +188,7 @@ def test_list_tells_the_catalogue(capsys):
 def test_what_map_gives():
     assert mapping_of([]) is None
     given = ["prompt=a.b[0]", "chosen=x=y", "values.first=A,1", "values.tie=null", "values.second=true"]
-    values = {"first": ["A", 1], "tie": [None], "second": [True]}
+    values = {"first": ["A", "1", 1], "tie": ["null", None], "second": ["true", True]}
     assert mapping_of(given) == {"prompt": "a.b[0]", "chosen": "x=y", "values": values}
     for wrong, problem in ((["prompt"], "expected field=path"), (["a=b", "a=c"], "given twice")):
         with pytest.raises(InputError, match=problem):
