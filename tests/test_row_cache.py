@@ -11,7 +11,15 @@ import datasets
 import pytest
 
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.pairs import LoadOptions, load_with_report, loading, read_pairs, register_format, row_cache
+from dpo_kit.pairs import (
+    LoadOptions,
+    arrow_rows,
+    load_with_report,
+    loading,
+    read_pairs,
+    register_format,
+    row_cache,
+)
 from dpo_kit.pairs.formats import registry
 
 DROP = LoadOptions(invalid="drop")
@@ -21,7 +29,7 @@ DROP = LoadOptions(invalid="drop")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Small batches, of which two are many."""
     monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(loading, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(arrow_rows, "_BATCH_ROWS", 4)
     monkeypatch.setattr(row_cache, "BATCHES_IN_MEMORY", 1)
     return tmp_path / "cache" / "rows"
 

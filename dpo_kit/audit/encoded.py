@@ -18,7 +18,7 @@ from dpo_kit.audit.faults import Fault
 from dpo_kit.audit.findings import Example, Finding, Result
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import InputError
-from dpo_kit.tokenization import LengthPolicy
+from dpo_kit.length_policy import LengthPolicy
 
 # Fewer than training encodes at once: nothing but this is held.
 _ROWS_AT_ONCE = 512

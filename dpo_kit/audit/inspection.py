@@ -96,7 +96,7 @@ def make_token_checks(
     from dpo_kit.audit.encoded import Encoder
     from dpo_kit.audit.templates import TemplateChecks
     from dpo_kit.audit.tokens import TokenChecks
-    from dpo_kit.tokenization import LengthPolicy
+    from dpo_kit.length_policy import LengthPolicy
     from dpo_kit.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer

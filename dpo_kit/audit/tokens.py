@@ -24,7 +24,7 @@ from dpo_kit.audit.faults import (
     share_in_words,
 )
 from dpo_kit.audit.findings import Example, Finding, Result, Severity
-from dpo_kit.tokenization import LengthPolicy
+from dpo_kit.length_policy import LengthPolicy
 
 PARTS = ("prompt", "chosen", "rejected", "whole")
 LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.arrow_rows import record_batches
 from dpo_kit.pairs.choosing import kind_made, made_of
 from dpo_kit.pairs.formats import FORMATS, Format, detected_format, is_own, named_format
 from dpo_kit.pairs.formats.mapping import mapping_format
 from dpo_kit.pairs.grouping import Placed, group_by_prompt, is_grouped
-from dpo_kit.pairs.kinds import LISTS, RANKS, Kind
-from dpo_kit.pairs.messages import PACKED, has_extras, packed
+from dpo_kit.pairs.kinds import LISTS, Kind
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.reading import RawRow
 from dpo_kit.pairs.row_cache import file_of_rows, kept_rows, store_rows
@@ -27,12 +27,10 @@ from dpo_kit.pairs.tally import PairsReport, SourceReport
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from pyarrow import RecordBatch, Schema
 
 Sources = str | Path | Sequence[str | Path]
 
 _log = logging.getLogger("dpo_kit.pairs")
-_BATCH_ROWS = 1000
 
 
 def load_pairs(sources: Sources, *, format: str = "auto", invalid: str = "error", **options: Any) -> Dataset:
@@ -83,7 +81,7 @@ def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> 
         _settle(kept[1], options)
         return kept
     report = PairsReport()
-    batches = _batches(usable_rows(sources, options, report), report)
+    batches = record_batches(usable_rows(sources, options, report))
     first = next(batches)
     assert report.kind is not None
     return store_rows(chain((first,), batches), report.kind.extras, report, file), report
@@ -95,35 +93,6 @@ def _may_be_own(options: LoadOptions) -> bool:
         return False
     forms = FORMATS.values() if options.format == "auto" else (named_format(options.format),)
     return any(is_own(form) for form in forms)
-
-
-def _batches(rows: Iterator[dict[str, Any]], report: PairsReport) -> Iterator[RecordBatch]:
-    """Rows -> Arrow; messages have the field for extras from the first batch on that has any."""
-    import pyarrow
-
-    extras = False
-    while some := list(islice(rows, _BATCH_ROWS)):
-        assert report.kind is not None
-        messages = not isinstance(some[0]["prompt"], str)
-        if messages:
-            extras = extras or any(_any_extras(value) for row in some for value in row.values())
-        schema = arrow_schema(report.kind, messages=messages, extras=extras)
-        if extras:
-            some = [{name: _packed(value) for name, value in row.items()} for row in some]
-        yield pyarrow.RecordBatch.from_pylist(some, schema)
-
-
-def _any_extras(value: Any) -> bool:
-    if not isinstance(value, list):
-        return isinstance(value, dict) and has_extras([value])
-    return any(_any_extras(inner) for inner in value)
-
-
-def _packed(value: Any) -> Any:
-    """The value of a column, with each message in it packed."""
-    if isinstance(value, list):
-        return [_packed(inner) for inner in value]
-    return packed(value) if isinstance(value, dict) else value
 
 
 def read_pairs(
@@ -248,22 +217,3 @@ def _checked(
             error = place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend)
             report.meet(error, place)
     account.unused_columns = form.unused(columns)
-
-
-def arrow_schema(kind: Kind, *, messages: bool, extras: bool = False) -> Schema:
-    """Of rows of this kind, with all optional columns; `extras`: of packed messages (`messages.packed`)."""
-    import pyarrow
-
-    number, text = pyarrow.float64(), pyarrow.string()
-    fields = ("role", "content", PACKED) if extras else ("role", "content")
-    part = pyarrow.list_(pyarrow.struct([(name, text) for name in fields])) if messages else text
-    types = dict.fromkeys(("prompt", "chosen", "rejected", "completion"), part) | {
-        "completions": pyarrow.list_(part),
-        "label": pyarrow.bool_(),
-        "scores": pyarrow.list_(number),
-        "margin": number,
-        "weight": number,
-        **dict.fromkeys(RANKS, pyarrow.int64()),
-    }
-    names = (*kind.columns, *kind.extras, "source")
-    return pyarrow.schema([(name, types.get(name, text)) for name in names])

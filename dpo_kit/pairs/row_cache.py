@@ -1,8 +1,9 @@
 """Canonical rows in Arrow: in memory where they are few, else in a file, which the next loading finds again.
 
-A file of rows is known by what they were made of: the bytes and names of the sources, and the options. It is
-written as a stream under a temporary name, and read by a memory map. Beside it lies the account of the
-loading as JSON, with the digest of the file, by which damage is noticed. What a row is, is `loading`'s.
+A file of rows is known by what they were made of: the bytes and names of the sources, the options, and the
+code of this package, whose next version may read the same row otherwise. It is written as a stream under a
+temporary name, and read by a memory map. Beside it lies the account of the loading as JSON, with the digest
+of the file, by which damage is noticed. What a row is, is `loading`'s.
 """
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from pyarrow import RecordBatch, Schema
 
-# Part of the key: raise it when the same files and options give other rows, or another account.
-FORMAT_VERSION = 1
 # Up to so many batches stay in memory: about 20 MB, and a file costs more than making them again.
 BATCHES_IN_MEMORY = 20
 
 
 def file_of_rows(files: Sequence[str], options: LoadOptions) -> Path | None:
     """Where the rows of these files lie, if they were loaded before; None where a file cannot be read."""
-    key = hashlib.sha256(json.dumps([FORMAT_VERSION, asdict(options)], default=repr).encode())
+    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
+    key = hashlib.sha256(json.dumps([code, asdict(options)], default=repr).encode())
     try:
         for file in files:
             # The name too: it stands in the rows' places.

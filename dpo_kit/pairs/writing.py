@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.kinds import LISTS, kind_of_columns
-from dpo_kit.pairs.loading import Sources, arrow_schema, usable_rows
-from dpo_kit.pairs.messages import PACKED, packed
+from dpo_kit.pairs.arrow_rows import arrow_schema, packed_row
+from dpo_kit.pairs.kinds import kind_of_columns
+from dpo_kit.pairs.loading import Sources, usable_rows
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.sources import find_sources
 from dpo_kit.pairs.tally import PairsReport
@@ -105,7 +105,7 @@ class _Parquet:
         self._writer: Any = None
 
     def write(self, row: dict[str, Any]) -> None:
-        self._waiting.append({name: _packed(value) for name, value in row.items()})
+        self._waiting.append(packed_row(row))
         if len(self._waiting) == _ROW_GROUP:
             self.finish()
 
@@ -133,21 +133,9 @@ def _schema_of(row: Mapping[str, Any]) -> Any:
 
     kind = kind_of_columns(row)
     assert kind is not None
-    messages, text = not isinstance(row["prompt"], str), pyarrow.string()
-    types = {field.name: field.type for field in arrow_schema(kind, messages=messages)}
-    types[ORIGIN] = types.pop("source")
-    if messages:
-        part = pyarrow.list_(pyarrow.struct([("role", text), ("content", text), (PACKED, text)]))
-        types |= {name: pyarrow.list_(part) if kind == LISTS else part for name in kind.replies}
-        types["prompt"] = part
-    return pyarrow.schema(list(types.items()))
-
-
-def _packed(value: Any) -> Any:
-    """The value of a column, with each message in it packed."""
-    if isinstance(value, list):
-        return [_packed(inner) for inner in value]
-    return packed(value) if isinstance(value, dict) else value
+    schema = arrow_schema(kind, messages=not isinstance(row["prompt"], str), extras=True)
+    names = [ORIGIN if field.name == "source" else field.name for field in schema]
+    return pyarrow.schema(list(zip(names, schema.types, strict=True)))
 
 
 def convert_pairs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from dpo_kit.errors import InputError
@@ -61,9 +62,7 @@ class Format:
     @property
     def common_fields(self) -> frozenset[str]:
         """Columns that any format of this kind may have."""
-        if not self.takes_common:
-            return frozenset()
-        return frozenset((*self.kind.extras, *(SCORES if self.kind == PAIRS else ())))
+        return _common_fields(self.kind) if self.takes_common else frozenset()
 
     def missing(self, row: Row) -> list[str]:
         """The fields that the row has not."""
@@ -133,6 +132,11 @@ class Format:
             return None
         name = place.partition("[")[0].partition(".")[0]
         return self.names.get(name, name) + place[len(name) :]
+
+
+@lru_cache
+def _common_fields(kind: Kind) -> frozenset[str]:
+    return frozenset((*kind.extras, *(SCORES if kind == PAIRS else ())))
 
 
 FORMATS: dict[str, Format] = {}
