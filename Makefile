@@ -50,8 +50,7 @@ bench-data: $(READY)
 
 # The tables of objectives (README.md) and of shapes (docs/data.md), from the registries.
 docs: $(READY)
-	$(BIN)/python docs/write_objectives.py
-	$(BIN)/python docs/write_formats.py
+	$(BIN)/python docs/write_tables.py
 
 data: $(READY)
 	$(BIN)/python data/make_small_world.py

@@ -1,8 +1,6 @@
 """`dpo-kit data` from the command line: what is printed, what is written, and the exit status."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from pair_files import write
@@ -14,7 +12,6 @@ from dpo_kit.cli_options import mapping_of
 from dpo_kit.errors import InputError
 from dpo_kit.pairs import read_pairs
 from dpo_kit.pairs.formats.registry import FORMATS
-from dpo_kit.pairs.formats.table import markdown
 
 ROWS = [{"prompt": f"Question {i}", "chosen": f" yes {i}", "rejected": f" no {i}"} for i in range(20)]
 SAME = {"prompt": "x", "chosen": " same", "rejected": " same"}
@@ -162,18 +159,6 @@ def test_formats_tells_every_shape(capsys):
     assert {line.replace("\\|", "").count("|") for line in lines} == {6}
     assert run("formats") == 0
     assert "explicit_prompt" in capsys.readouterr().out
-
-
-def test_the_table_of_formats_goes_between_its_marks_alone():
-    path = Path(__file__).parents[1] / "docs" / "write_formats.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    page = f"before\n{writer.BEGIN}\nold\n{writer.END}\nafter\n"
-    assert writer.with_table(page) == f"before\n{writer.BEGIN}\n\n{markdown()}\n\n{writer.END}\nafter\n"
-    assert writer.with_table(writer.with_table(page)) == writer.with_table(page)
-    with pytest.raises(ValueError, match="has no lines"):
-        writer.with_table("no marks")
 
 
 def test_list_tells_the_catalogue(capsys):
