@@ -1,4 +1,4 @@
-"""Tables of registered losses and shapes of data -> README.md and docs/data.md, between marks (`make docs`)."""
+"""Tables of registered losses and shapes of data -> README.md, docs/data.md, between marks (`make docs`)."""
 
 from __future__ import annotations
 

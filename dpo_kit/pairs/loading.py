@@ -39,7 +39,8 @@ def load_pairs(sources: Sources, *, format: str = "auto", invalid: str = "error"
     Parameters
     ----------
     sources: one or several of: a file (json, jsonl, ndjson, csv, parquet, arrow; the text kinds also .gz
-        or .zst), a folder, a glob, `hf://owner/name[/config]@split`.
+        or .zst), a folder, a glob, `hf://owner/name[/config][#folder]@split`, `hf://owner/name#path/file`, a
+        name of the catalogue (`dpo-kit data list`).
     format: the shape of the rows; `auto` finds it from each source's first row.
     invalid: what becomes of rows that are well formed but unusable (`schema.KINDS`): `error` raises one
         `InputError` that counts them all; `drop` leaves them out and logs one warning that does.
