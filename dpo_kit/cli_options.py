@@ -14,7 +14,9 @@ import typer
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.options import LoadOptions
 
-Sources = Annotated[list[str], typer.Argument(help="Files, folders, globs, hf://owner/name@split, or names of `data list`.")]
+Sources = Annotated[
+    list[str], typer.Argument(help="Files, folders, globs, hf://owner/name@split, or names of `data list`.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
