@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, field_validator
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
@@ -56,24 +56,25 @@ class ReferenceSection(Section):
     update_weight: float = Field(0.6, gt=0, le=1, description="of the policy in an update; 1 replaces")
 
 
-class DataSection(Section):
-    """Preference pairs and how they become tokens."""
+# Each of the options of loading is a key of `data`, with its own words, so that it is written in one place.
+_LoadSection = create_model(
+    "_LoadSection",
+    __base__=Section,
+    **{
+        option.name: (
+            typing.get_type_hints(LoadOptions)[option.name],
+            Field(option.default, description=option.metadata["help"]),
+        )
+        for option in dataclasses.fields(LoadOptions)
+    },  # type: ignore[call-overload]
+)
+
+
+class DataSection(_LoadSection):
+    """Preference data, how it is loaded (`LoadOptions`) and how it becomes tokens."""
 
     train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
     eval: list[str] = Field(default_factory=list, description="held-out pairs")
-    format: str = Field("auto", description="shape of the rows; auto looks at them")
-    mapping: dict[str, Any] | None = Field(None, description="a shape of one's own: field: path into the row")
-    judgement: str | None = Field(None, description="which counts, where rows have several; None: the first")
-    invalid: Literal["error", "drop"] = Field("error", description="rows that cannot be trained on")
-    shape: Literal["auto", "pairs", "unpaired", "lists"] = Field(
-        "auto", description="what is made of the rows; auto: what the loss learns from"
-    )
-    pairs: str = Field("all", description="of a ranked list: all, best_worst, adjacent or random:k")
-    ties: Literal["drop", "half"] = Field("drop", description="half: a pair each way, of half the weight")
-    votes: Literal["majority", "share"] = Field("majority", description="share: a pair each way by the votes")
-    min_margin: float | None = Field(None, description="least difference of scores, else of ranks or votes")
-    weights: Literal["given", "margin", "agreement"] = Field("given", description="of pairs")
-    seed: int = Field(0, description="for random:k")
     max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
     overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
         "drop", description="beyond it"
@@ -160,6 +161,7 @@ class Recipe(Section):
             _check_together(recipe)
             _check_reference(recipe)
             make_objective(recipe.loss)
+            recipe.load_options()
             check_training_fields(recipe.train, "train")
             if recipe.sft is not None:
                 check_training_fields(recipe.sft.train, "sft.train")
@@ -178,7 +180,10 @@ class Recipe(Section):
         wanted = {spec.shape for spec, _, _ in make_objective(self.loss).terms}
         if options["shape"] == "auto" and wanted == {"lists"}:
             options["shape"] = "lists"
-        return LoadOptions(**options)
+        try:
+            return LoadOptions(**options)
+        except InputError as error:
+            raise InputError(error.problem, field=f"data.{error.field}", mend=error.mend) from error
 
     def training_config(self, **changes: Any) -> PreferenceConfig:
         """The settings of the trainer."""
