@@ -84,12 +84,14 @@ def _places(starts_N: np.ndarray, lengths_N: np.ndarray) -> np.ndarray:
 @dataclass
 class EncodedRows:
     """Rows at full length: [N] prompts; the replies of all rows one after the other; how many each row has
-    [N]; and whether ids of a row's replies lose text [N], see `TokenizedPairs.counts`."""
+    [N]; whether ids of a row's replies lose text [N], and whether its template drops a part of its prompt
+    [N], see `TokenizedPairs.counts`."""
 
     prompts: Sequences
     replies: Sequences
     counts: np.ndarray
     inexact: np.ndarray
+    drops: np.ndarray
 
 
 def encode_groups(
@@ -104,7 +106,7 @@ def encode_groups(
     texts = texts_of(rows, tokenizer, template_kwargs)
     if not is_plain_backend(tokenizer):
         while some := list(islice(texts, ROWS_AT_ONCE)):
-            yield _of_lists(encode_texts(some, tokenizer))
+            yield _of_lists(encode_texts(some, tokenizer), some)
         return
     # The call by which it finds them leaves the backend without padding and truncation, as needed here.
     opening, cut = opening_of(tokenizer), safe_cut(tokenizer)
@@ -119,12 +121,13 @@ def encode_groups(
             yield waiting.popleft().put_together()
 
 
-def _of_lists(encoded: list[tuple[Ids, bool]]) -> EncodedRows:
+def _of_lists(encoded: list[tuple[Ids, bool]], texts: list[RowText]) -> EncodedRows:
     return EncodedRows(
         Sequences.of([prompt for (prompt, _), _ in encoded]),
         Sequences.of([reply for (_, replies), _ in encoded for reply in replies]),
         np.array([len(replies) for (_, replies), _ in encoded]),
         np.array([inexact for _, inexact in encoded]),
+        np.array([text.drops for text in texts]),
     )
 
 
@@ -195,7 +198,8 @@ class _Group:
             np.stack([length[joint_M] - length[tail_M], length[end_M]], axis=1),
         )
         crossed_M = _differ(flat, start[tail_M], start[joint_M], length[tail_M], length[joint_M])
-        encoded = EncodedRows(prompts, replies, replies_N, np.zeros(len(self._texts), bool))
+        drops_N = np.array([text.drops for text in self._texts])
+        encoded = EncodedRows(prompts, replies, replies_N, np.zeros(len(self._texts), bool), drops_N)
         return self._mended(encoded, np.unique(row_M[crossed_M]).tolist())
 
     def _ends(self) -> np.ndarray:
@@ -221,11 +225,10 @@ class _Group:
             prompts[row] = prompt
             replies.update(enumerate(own, int(first[row])))
             encoded.inexact[row] = inexact
-        return EncodedRows(
-            encoded.prompts if short else encoded.prompts.replaced(prompts),
-            encoded.replies.replaced(replies),
-            encoded.counts,
-            encoded.inexact,
+        return replace(
+            encoded,
+            prompts=encoded.prompts if short else encoded.prompts.replaced(prompts),
+            replies=encoded.replies.replaced(replies),
         )
 
 

@@ -7,6 +7,7 @@ What a template would lose of a reply is refused, never dropped; what it loses o
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,17 +16,29 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.pairs.kinds import kind_of_columns
-from dpo_kit.pairs.leaves import THINK, THOUGHT, Mark, changed, holds, marked
+from dpo_kit.pairs.leaves import THINK, THOUGHT, Mark, changed, holds, joined, marked, says
 from dpo_kit.pairs.messages import arguments_as_text, has_extras, readable
-from dpo_kit.pairs.schema import BadRow, parsed_json
+from dpo_kit.pairs.schema import BadRow, checked_tools
 from dpo_kit.pairs.schema import template_kwargs as checked_template_kwargs
 
 # Stands for a reply's content to see what the template writes around it; no template takes it apart.
 SENTINEL = "DpoKitReplyContent"
 
 _OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+_CLOSED_TWICE = (
+    "the chat template's generation prompt closes the thought (<think></think>), and replies have another. "
+    "Take the reasoning out of these replies, or set enable_thinking: true in chat_template_kwargs where the "
+    "template knows it"
+)
+_NEVER_CLOSED = (
+    "the chat template's generation prompt opens a thought (<think>), and the template does not say how a "
+    "reply without reasoning closes it: such replies are trained as a thought. Put the reasoning, up to "
+    "</think>, into them, or set enable_thinking: false in chat_template_kwargs where the template knows it"
+)
+# What a prompt says or calls, not its reasoning, which templates leave out of earlier turns on purpose.
+_SAID = re.compile(r"tools\[.*|prompt\[\d+\]\.(content\Z|tool_calls|tool_responses).*")
 
 
 @dataclass(frozen=True)
@@ -33,13 +46,15 @@ class RowText:
     """A row as text.
 
     `ends` are the tokens, as text, that close the replies; they are not part of the `replies`. `templated`:
-    the special tokens that open a prompt are in its text already.
+    the special tokens that open a prompt are in its text already. `drops`: the template leaves tools, a tool
+    call, a tool's result or the content of a message out of the prompt.
     """
 
     prompt: str
     replies: list[str]
     ends: list[str]
     templated: bool
+    drops: bool = False
 
 
 def row_text(
@@ -50,15 +65,21 @@ def row_text(
 ) -> RowText:
     """The row's texts. Over the `template_kwargs` go those of the row's own `chat_template_kwargs`.
 
-    `added_tokens` are those that can end a turn. Raises `InputError`, naming row and field, for what is no
-    row of a known kind, for messages without a chat template or that it refuses, and where it drops a tool
-    call, a reasoning or another extra of a reply.
+    White space at the edges of a message, and around the tags of its reasoning, is as the template writes it:
+    many take it off. `added_tokens` are those that can end a turn.
+
+    Raises `InputError`, naming row and field, for what is no row of a known kind, for messages without a chat
+    template or that it refuses, and where it drops a tool call, a reasoning or another extra of a reply.
+    Warns of a reply inside a thought that the generation prompt opens and nothing closes, and of one with a
+    thought where the prompt has closed it.
     """
     replies = _replies(row)
     if _is_text(row, replies):
-        eos = str(tokenizer.eos_token)
-        return RowText(row["prompt"], list(replies.values()), [eos] * len(replies), templated=False)
-    return _render(_chat(row, tokenizer, template_kwargs), row["prompt"], replies, added_tokens)
+        eos, drops = str(tokenizer.eos_token), bool(_tools(row))
+        return RowText(row["prompt"], list(replies.values()), [eos] * len(replies), False, drops)
+    chat, messages = _chat(row, tokenizer, template_kwargs), readable(row["prompt"])
+    text = _render(chat, messages, replies, added_tokens)
+    return replace(text, drops=True) if _drops(chat, messages, text.prompt) else text
 
 
 def dropped_parts(
@@ -74,31 +95,45 @@ def dropped_parts(
     that are. Raises `InputError` for a row or template that `row_text` refuses for another reason.
     """
     replies = _replies(row)
+    if _is_text(row, replies):
+        marks: list[Mark] = []
+        changed(_tools(row), "tools", lambda place, text: _mark_tool(place, text, marks), frozenset())
+        return [place for _, place, _ in marks]
+    said = {field: readable(reply) for field, reply in replies.items() if has_extras(reply)}
+    return _dropped(_chat(row, tokenizer, template_kwargs), readable(row["prompt"]), said)
+
+
+def _dropped(chat: _Chat, prompt: list[dict], replies: Mapping[str, list[dict]]) -> list[str]:
+    """`dropped_parts` of a prompt, its tools and these replies."""
     marks: list[Mark] = []
 
     def mark(place: str, text: str) -> str:
         return marked(place, text, marks)
 
-    def mark_tool(place: str, text: str) -> str:
-        return mark(place, text) if place.endswith((".name", ".description")) else text
-
-    if _is_text(row, replies):
-        changed(_tools(row), "tools", mark_tool, frozenset())
-        return [place for _, place, _ in marks]
-    chat = _chat(row, tokenizer, template_kwargs)
-    signing = replace(chat, tools=changed(chat.tools, "tools", mark_tool, frozenset()))
-    prompt = readable(row["prompt"])
+    tools = changed(chat.tools, "tools", lambda place, text: _mark_tool(place, text, marks), frozenset())
+    signing = replace(chat, tools=tools)
     plain, signed = [prompt], [changed(prompt, "prompt", mark)]
     for field, reply in replies.items():
-        if has_extras(reply):
-            plain.append([*prompt, *readable(reply)])
-            signed.append([*signed[0], *changed(readable(reply), field, mark)])
+        plain.append([*prompt, *reply])
+        signed.append([*signed[0], *changed(reply, field, mark)])
     try:
         texts = [signing.render(each, add_generation_prompt=each is signed[0]) for each in signed]
         return [place for sign, place, _ in marks if not any(sign in text for text in texts)]
     except InputError:  # of the marks, or of the row itself: then it is raised again
         texts = [chat.render(each, add_generation_prompt=each is prompt) for each in plain]
     return [place for _, place, said in marks if not any(holds(text, said) for text in texts)]
+
+
+def _mark_tool(place: str, text: str, marks: list[Mark]) -> str:
+    return marked(place, text, marks) if place.endswith((".name", ".description")) else text
+
+
+def _drops(chat: _Chat, messages: list[dict], prompt: str) -> bool:
+    """`RowText.drops`. Rows of mere content are not rendered once more: only the system turn is looked for,
+    which is what templates leave out of these."""
+    if chat.tools or any(len(message) > 2 or message["role"] == "tool" for message in messages):
+        return any(_SAID.match(place) for place in _dropped(chat, messages, {}))
+    return any(message["role"] == "system" and not holds(prompt, message["content"]) for message in messages)
 
 
 def _replies(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,36 +182,37 @@ def _chat(
 
 
 def _render(
-    chat: _Chat, prompt_messages: list[dict], replies: Mapping[str, list[dict]], added_tokens: frozenset[str]
+    chat: _Chat, messages: list[dict], replies: Mapping[str, list[dict]], added_tokens: frozenset[str]
 ) -> RowText:
     """A row of messages and its replies by field -> `RowText`, by the tokenizer's chat template.
 
     The prompt is the template's text of the prompt with the generation prompt. A reply is what the template
-    writes after that, given the whole conversation, up to its end-of-turn token. Where the conversation's
-    text does not go on from the prompt's or does not hold the reply's content as it is (the template takes
-    the reasoning out, or its generation prompt opens what its history has not), a reply is its content with
+    writes after that, given the whole conversation, up to its end-of-turn token: see `_after_prompt`. Where
+    that does not hold the reply's content (the template takes its reasoning out), a reply is its content with
     what the template writes around any reply. A template that ends a turn with ordinary text keeps that text,
     and the end is the tokenizer's EOS.
     """
-    messages = readable(prompt_messages)
     prompt = chat.render(messages, add_generation_prompt=True)
-    before, after = chat.around_reply(messages, prompt, replies)
+    any_reply = _any_reply(chat, messages, replies)
+    around = _after_prompt(chat, messages, prompt, any_reply, any_reply)
+    before = around.rpartition(SENTINEL)[0] if around is not None else ""
+    after = any_reply.rpartition(SENTINEL)[2]
     end = _first_token(after, added_tokens)
     texts, ends = [], []
     for field, reply in replies.items():
         message = _one_message(chat, field, reply)
-        own_end = end
+        own_end, whole = end, chat.render([*messages, message])
+        written = _after_prompt(chat, messages, prompt, whole, any_reply)
         if has_extras(reply):
-            text = _with_extras(chat, messages, prompt, field, message)
+            text = _with_extras(chat, messages, field, message, written)
             own_end = _own_end(text, after, end, chat.tokenizer)
-        elif (whole := chat.render([*messages, message])).startswith(prompt) and message[
-            "content"
-        ].strip() in whole[len(prompt) :]:
-            text = whole[len(prompt) :]
+        elif written is not None and says(written, message["content"]):
+            text = written
         else:
-            text = _join(prompt, before, message["content"]) + after
+            text = joined(prompt, before, message["content"]) + after
         if own_end is not None:
             text = _until_turn_end(text, after if own_end == end else own_end, own_end)
+        _warn_of_thought(prompt, text)
         texts.append(text)
         ends.append(own_end or str(chat.tokenizer.eos_token))
     return RowText(prompt, texts, ends, templated=True)
@@ -217,22 +253,20 @@ class _Chat:
             )
         )
 
-    def around_reply(
-        self, messages: list[dict], prompt: str, replies: Mapping[str, list[dict]]
-    ) -> tuple[str, str]:
-        """What the template writes around any reply's content: between it and the prompt, and after it."""
-        field, first = next(iter(replies.items()))
-        role = first[0]["role"] if first else "assistant"
-        text = self.render([*messages, {"role": role, "content": SENTINEL}])
-        before, found, after = text.rpartition(SENTINEL)
-        if not found:
-            raise InputError(
-                f"the chat template does not write the content of a message of role '{role}'",
-                file=self.source,
-                field=field,
-                mend="Give the reply the role that the template knows, mostly 'assistant'",
-            )
-        return (before[len(prompt) :] if before.startswith(prompt) else ""), after
+
+def _any_reply(chat: _Chat, messages: list[dict], replies: Mapping[str, list[dict]]) -> str:
+    """The template's text of the conversation with `SENTINEL` for the reply."""
+    field, first = next(iter(replies.items()))
+    role = first[0]["role"] if first else "assistant"
+    text = chat.render([*messages, {"role": role, "content": SENTINEL}])
+    if SENTINEL not in text:
+        raise InputError(
+            f"the chat template does not write the content of a message of role '{role}'",
+            file=chat.source,
+            field=field,
+            mend="Give the reply the role that the template knows, mostly 'assistant'",
+        )
+    return text
 
 
 def _one_message(chat: _Chat, field: str, reply: list[dict]) -> dict:
@@ -246,9 +280,8 @@ def _one_message(chat: _Chat, field: str, reply: list[dict]) -> dict:
     )
 
 
-def _with_extras(chat: _Chat, messages: list[dict], prompt: str, field: str, message: dict) -> str:
+def _with_extras(chat: _Chat, messages: list[dict], field: str, message: dict, text: str | None) -> str:
     """What the template writes of a reply after the prompt, with all that the reply says in it."""
-    text = _after_prompt(chat, messages, prompt, message)
     if text is None:
         raise InputError(
             "the chat template's text of the conversation does not go on from that of its prompt",
@@ -281,24 +314,36 @@ def _lost(chat: _Chat, messages: list[dict], field: str, message: dict, text: st
     ]
 
 
-def _after_prompt(chat: _Chat, messages: list[dict], prompt: str, message: dict) -> str | None:
-    """What the template writes of a reply after the prompt; None where it writes another prompt."""
-    whole = chat.render([*messages, message])
+def _after_prompt(chat: _Chat, messages: list[dict], prompt: str, whole: str, any_reply: str) -> str | None:
+    """What the template writes of a reply after the prompt; None where it writes another prompt.
+
+    `whole` is its text of the conversation, `any_reply` that with `SENTINEL` for the reply.
+    """
     if whole.startswith(prompt):
         return whole[len(prompt) :]
     bare = _OPENED_THOUGHT.sub("", prompt)
     if whole.startswith(bare):  # the generation prompt opens a thought that the reply has not, or otherwise
         rest = whole[len(bare) :]
         thought_twice = THINK in rest and not prompt.rstrip().endswith(THINK)
-        return None if thought_twice else _join(prompt, "", rest)
+        return None if thought_twice else joined(prompt, "", rest)
     # The reply changes how earlier turns are written (gpt-oss): it begins where the opening of a reply last
     # stands before the text parts from that of another reply.
-    history = chat.render(messages)
-    opening = prompt.removeprefix(history)
-    other = chat.render([*messages, {"role": message["role"], "content": SENTINEL}])
-    alike = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), len(whole))
+    opening = prompt.removeprefix(chat.render(messages))
+    if opening in ("", prompt):
+        return None
+    pairs = enumerate(zip(whole, any_reply, strict=False))
+    alike = next((i for i, (a, b) in pairs if a != b), len(whole))
     at = whole.rfind(opening, 0, alike)
-    return whole[at + len(opening) :] if at >= 0 and opening not in ("", prompt) else None
+    return whole[at + len(opening) :] if at >= 0 else None
+
+
+def _warn_of_thought(prompt: str, text: str) -> None:
+    """Warns of a reply in a thought that nothing closes, or with a second one; in the same words for all
+    rows, so that Python says it once."""
+    opened = _OPENED_THOUGHT.search(prompt)
+    if opened is not None and (THOUGHT in opened[0]) == (THOUGHT in text):
+        said = _CLOSED_TWICE if THOUGHT in text else _NEVER_CLOSED
+        warnings.warn(said, DpoKitWarning, stacklevel=2)
 
 
 def _own_end(text: str, after: str, end: str | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -314,25 +359,14 @@ def _tools(row: Mapping[str, Any]) -> list | None:
     if not row.get("tools"):
         return None
     try:
-        return parsed_json(row["tools"], "tools")
+        return checked_tools(row["tools"])
     except BadRow as bad:
         raise InputError(
             bad.message,
             file=row.get("source"),
-            field="tools",
+            field=bad.field,
             mend="Write the list of tool descriptions as JSON text",
         ) from bad
-
-
-def _join(prompt: str, before: str, content: str) -> str:
-    """Content after what stands between it and the prompt, with its reasoning opened once only."""
-    if THOUGHT in content and THOUGHT in before:
-        before = ""
-    opened = prompt + before
-    if opened.rstrip().endswith(THINK) and content.lstrip().startswith(THINK):
-        space = opened[len(opened.rstrip()) :]
-        content = content.lstrip().removeprefix(THINK).removeprefix(space)
-    return before + content
 
 
 @lru_cache

@@ -284,6 +284,9 @@ def main(arguments: list[str] | None = None) -> None:
     from dpo_kit.errors import DpoKitError
 
     warnings.showwarning = _show_warning
+    if hasattr(sys.stdout, "reconfigure"):
+        # Names of files and columns may hold half a surrogate pair: its number, which JSON reads too.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # What was left out is said by the commands themselves.
     logging.getLogger("dpo_kit.pairs").setLevel(logging.ERROR)
     global _debug

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -18,6 +21,52 @@ Sources = Annotated[
     list[str], typer.Argument(help="Files, folders, globs, hf://owner/name@split, or names of `data list`.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+# What the parts of the package call what an option of the command line sets.
+_OPTIONS = {
+    "tokenizer": "--tokenizer",
+    "model.tokenizer": "--tokenizer",
+    "model": "--model",
+    "model.path": "--model",
+    "model.config": "--model",
+    "data.max_length": "--max-length",
+    "data.overlong": "--overlong",
+    "batch_size": "--batch-size",
+}
+
+
+@contextlib.contextmanager
+def naming_options() -> Iterator[None]:
+    """Within it, an `InputError` names the option of the command line in place of a recipe's field."""
+    try:
+        yield
+    except InputError as error:
+        if error.field not in _OPTIONS:
+            raise
+        mend = error.mend
+        for field in sorted(_OPTIONS, key=len, reverse=True):
+            if mend and "." in field:
+                mend = mend.replace(field, _OPTIONS[field])
+        raise InputError(
+            error.problem, file=error.file, line=error.line, field=_OPTIONS[error.field], mend=mend
+        ) from error
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON, in ASCII where stdout cannot take its characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text)
+
+
+def take_any_text() -> None:
+    """From now on, what stdout's encoding does not have is printed by its number."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def with_load_options(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dpo_kit.cli_options import Json, Sources, with_load_options
+from dpo_kit.cli_options import (
+    Json,
+    Sources,
+    naming_options,
+    print_json,
+    take_any_text,
+    with_load_options,
+)
 from dpo_kit.pairs.options import LoadOptions
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data, convert it, split it.")
@@ -51,10 +59,13 @@ def inspect(
     # What is wrong with the command line is said before a long look at the data.
     require_level(strict_level)
     if out is not None:
+        from dpo_kit.audit.page import require_folder
+
         require_extra()
+        require_folder(out)
     loading = {name: value for name, value in asdict(options).items() if name != "invalid"}
     # A measurement of the model may print; stdout is for the result.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), naming_options():
         found = inspect_pairs(
             sources,
             held_out=held_out or None,
@@ -63,13 +74,15 @@ def inspect(
             max_length=max_length,
             overlong=overlong,
             batch_size=batch_size,
+            progress=None if as_json else lambda rows: _say(f"read {rows:,} rows"),
             **loading,
         )
         grave = objections(found, strict_level) if strict else []
         page = _write_audit(found, sources, out)
     if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        print_json(found.to_dict())
     else:
+        take_any_text()
         print_audit(found)
     if page:
         _say(f"page: {page}")
@@ -83,7 +96,20 @@ def _write_audit(found: Any, sources: Sequence[str], out: Path | None) -> Path |
         return None
     from dpo_kit.audit.page import write_audit
 
-    return write_audit(found, out, title=", ".join(Path(source).name for source in sources))
+    return write_audit(found, out, title=", ".join(sources))
+
+
+@contextlib.contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """A SIGTERM ends the command as an error does, so that no half-written file is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @data_app.command("convert")
@@ -97,9 +123,10 @@ def convert(
     """Write canonical rows; where each comes from stands in its `origin`."""
     from dpo_kit.pairs.writing import convert_pairs
 
-    report = convert_pairs(sources, out, options)
+    with _ending_cleanly():
+        report = convert_pairs(sources, out, options)
     if as_json:
-        print(json.dumps({"out": str(out), **report.to_dict()}, ensure_ascii=False))
+        print_json({"out": str(out), **report.to_dict()})
         return
     _say(report.summary())
     _say(f"wrote {report.made:,} rows to {out}")
@@ -125,13 +152,14 @@ def split(
     """
     from dpo_kit.pairs.splitting import split_pairs
 
-    found = split_pairs(sources, train, held_out, share=share, prompts=prompts, options=options)
+    with _ending_cleanly():
+        found = split_pairs(sources, train, held_out, share=share, prompts=prompts, options=options)
     if as_json:
         sides = {
             "train": {"out": str(train), "rows": found.train_rows, "prompts": found.train_prompts},
             "eval": {"out": str(held_out), "rows": found.held_out_rows, "prompts": found.held_out_prompts},
         }
-        print(json.dumps({**sides, **found.report.to_dict()}, ensure_ascii=False))
+        print_json({**sides, **found.report.to_dict()})
         return
     _say(found.report.summary())
     _say(f"wrote {found.train_rows:,} rows of {found.train_prompts:,} prompts to {train}")
@@ -146,8 +174,9 @@ def list_data_sets(as_json: Json = False) -> None:
 
     entries = [entry.to_dict() for entry in CATALOGUE]
     if as_json:
-        print(json.dumps(entries, ensure_ascii=False))
+        print_json({"data_sets": entries})
     else:
+        take_any_text()
         print_records(entries)
 
 
@@ -164,8 +193,9 @@ def list_formats(
     if markdown:
         print(as_markdown())
     elif as_json:
-        print(json.dumps(shapes(), ensure_ascii=False))
+        print_json({"formats": shapes()})
     else:
+        take_any_text()
         print_records(shapes())
 
 

@@ -159,7 +159,7 @@ def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
     rows, report = load_with_report(sources, recipe.load_options())
     assert report.kind is not None
     say(f"{split}: {report.made} {report.kind.rows} of {report.kept} of {report.read} rows")
-    if report.problems:
+    if report.problems or report.worth_knowing() or any(source.unused_columns for source in report.sources):
         say(report.summary())
     return rows
 

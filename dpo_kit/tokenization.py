@@ -33,7 +33,7 @@ from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_co
 from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
 
 # Part of the cache's key: raise it when the ids of the same rows change, or what becomes of them.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 CARRIED = ("source", "weight", "margin", "prompt_id")
 # Memory holds so many rows as text, ids and what the tokenizer knows of them besides: about 100 MB.
@@ -50,8 +50,11 @@ class TokenizedPairs:
         of unpaired rows `prompt_ids`, `completion_ids`, and `label` (bool);
         of ranked lists `prompt_ids`, `completions_ids` (a list of them), and `scores` (list of float64).
     counts: `rows`, `kept`, `dropped_<kind>` for each kind in `DROPPED`; among the kept, `cut_prompt`,
-        `cut_completion`, and `inexact_border`: a token lies across the border of prompt and completion, and
-        no ids of the completion alone give its text back there. A list is `identical_after_tokenisation`
+        `cut_completion`; `inexact_border`: a token lies across the border of prompt and completion, and no
+        ids of the completion alone give its text back there; and `template_drops`: the chat template leaves
+        tools, a tool call, a tool's result or the content of a message out of the prompt (of rows without
+        tools and extras only the system turns are looked at; the reasoning of earlier turns, which templates
+        take out on purpose, does not count). A list is `identical_after_tokenisation`
         where it has fewer than two different completions left, or where a cut made completions with
         different scores equal; and `all_tied` where its scores are all equal (`load_pairs` gives no such).
     places: for each of these but `rows` and `kept` that is not 0, the `source` of its first five rows.
@@ -142,7 +145,7 @@ def _mapped_features(kind: Kind, carried: dict[str, Any]) -> datasets.Features:
     """The columns that `_tokenize_batch` gives beside those it leaves as they are."""
     ids = datasets.List(datasets.Value("int32"))
     replies = {name: datasets.List(ids) if kind == LISTS else ids for name in kind.ids}
-    outcome = {"index": "int64", "outcome": "string", "length": "int64", "inexact": "bool"}
+    outcome = {"index": "int64", "outcome": "string", "length": "int64", "inexact": "bool", "drops": "bool"}
     judgements = {"label": datasets.Value("bool"), "scores": datasets.List(datasets.Value("float64"))}
     return datasets.Features(
         {
@@ -232,6 +235,7 @@ def _outcomes(
             "outcome": pa.array(outcomes, pa.string()),
             "length": lengths,
             "inexact": encoded.inexact,
+            "drops": encoded.drops,
         }
     )
 
@@ -353,17 +357,18 @@ def _behaviour(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _gather(mapped: datasets.Dataset, policy: LengthPolicy) -> TokenizedPairs:
     """The mapped rows -> the kept ones, and the account of all."""
-    table = mapped.with_format("arrow").select_columns(["outcome", "inexact"])[:]
+    table = mapped.with_format("arrow").select_columns(["outcome", "inexact", "drops"])[:]
     kinds = {f"dropped_{kind}": _equal(table["outcome"], kind) for kind in DROPPED}
     kept = ~np.any(list(kinds.values()), axis=0)
     kinds |= {kind: _equal(table["outcome"], kind) for kind in CUT}
     kinds["inexact_border"] = kept & table["inexact"].to_numpy()
+    kinds["template_drops"] = kept & table["drops"].to_numpy()
     counts = {"rows": len(mapped), "kept": int(kept.sum())}
     counts |= {kind: int(rows.sum()) for kind, rows in kinds.items()}
     if not counts["kept"]:
         raise _nothing_left(counts, mapped["length"][:], policy)
     places = {kind: _places(mapped, np.flatnonzero(rows)[:5]) for kind, rows in kinds.items() if rows.any()}
-    dataset = mapped.remove_columns(["outcome", "length", "inexact"])
+    dataset = mapped.remove_columns(["outcome", "length", "inexact", "drops"])
     if not kept.all():
         dataset = dataset.select(np.flatnonzero(kept))
     return TokenizedPairs(dataset, counts, places)

@@ -24,8 +24,20 @@ GOOD: dict[str, list[GoodRow]] = {
         GoodRow({"prompt": "Name «P» it.", "chosen": " «A».", "rejected": " «B»."}),
         GoodRow({"prompt": ASK, "chosen": BEST, "rejected": NEXT, "tools": [{}], "prompt_id": 1}),
         GoodRow({"prompt": "Name «P» it.", "chosen": ASK + BEST, "rejected": ASK + NEXT, "score_chosen": 2}),
+        GoodRow({"prompt": "Name «P» it.", "chosen": BEST[0], "rejected": NEXT[0]}),
+        GoodRow({"system": "«P»", "prompt": "«P»", "chosen": "«A»", "rejected": "«B»"}),
+        GoodRow({"system_prompt": "«P»", "prompt": ASK, "chosen": ASK + BEST, "rejected": ASK + NEXT}),
     ],
-    "implicit_prompt": [GoodRow({"chosen": ASK + BEST, "rejected": ASK + NEXT})],
+    "implicit_prompt": [
+        GoodRow({"chosen": ASK + BEST, "rejected": ASK + NEXT}),
+        GoodRow({"chosen": ASK + BEST, "rejected": ASK + NEXT, "system": "«P»"}),
+        GoodRow(
+            {
+                "chosen": [*TURNS, {"from": "gpt", "value": "«A»"}],
+                "rejected": [*TURNS, {"from": "gpt", "value": "«B»"}],
+            }
+        ),
+    ],
     "hh": [GoodRow({"chosen": HH.format("A"), "rejected": HH.format("B")})],
     "sharegpt": [
         GoodRow({"conversations": TURNS, "chosen": {"from": "gpt", "value": "«A»"}, "rejected": "«B»"}),
@@ -34,6 +46,7 @@ GOOD: dict[str, list[GoodRow]] = {
     "unpaired": [
         GoodRow({"prompt": "Name «P» it.", "completion": " «A»", "label": True}, ("label",)),
         GoodRow({"prompt": ASK, "completion": ASK + BEST, "label": 0}, ("label",)),
+        GoodRow({"prompt": "«P»", "completion": "«A»", "label": "True", "system": ""}, ("label",)),
     ],
     "unpaired_messages": [GoodRow({"messages": ASK + BEST, "label": False}, ("label",))],
     "ranked": [
@@ -48,14 +61,60 @@ GOOD: dict[str, list[GoodRow]] = {
     "alpaca_kto": [GoodRow({"instruction": "«P»", "output": "«A»", "kto_tag": True}, ("kto_tag",))],
     "rated_responses": [
         GoodRow(
+            {"system": "«P»", "instruction": "«P»", "chosen_response": "«A»", "rejected_response": "«B»"}
+        ),
+        GoodRow(
             {"instruction": "«P»", "chosen_response": "«A»", "rejected_response": "«B»"}
             | {"chosen_rating": 5, "rejected_rating": 1.5},
             ("chosen_rating", "rejected_rating"),
-        )
+        ),
     ],
     "orca_dpo": [GoodRow({"system": "«P»", "question": "«P»", "chosen": "«A»", "rejected": "«B»"})],
     "orca_dpo_input": [GoodRow({"system": "", "input": "«P»", "chosen": "«A»", "rejected": "«B»"})],
-    "system_prompt": [GoodRow({"system": "«P»", "prompt": "«P»", "chosen": "«A»", "rejected": "«B»"})],
+    "nemo_aligner": [
+        GoodRow(
+            {"prompt": "«P»", "chosen_response": "«A»", "rejected_response": "«B»", "system": "«P»"}
+            | {"chosen_reward": "4", "rejected_reward": 1},
+            ("chosen_reward", "rejected_reward"),
+        )
+    ],
+    "query_responses": [
+        GoodRow(
+            {"query": "«P»", "response": "«A»", "rejected_response": "«B»"}
+            | {"system": "«P»", "history": [["«P»", "«P»"]]}
+        )
+    ],
+    "swift": [GoodRow({"messages": ASK + BEST, "rejected_response": "«B»", "system": "«P»"})],
+    "swift_conversations": [GoodRow({"messages": ASK + BEST, "rejected_messages": ASK + NEXT})],
+    "several_chosen": [
+        GoodRow({"prompt": "«P»", "chosen": ["«A»", "«A»!"], "rejected": ["«B»", "«C»"], "num_correct": 2})
+    ],
+    "scored_response": [GoodRow({"prompt": "«P»", "response": "«A»", "score": "0.5"}, ("score",))],
+    "scored_completion": [GoodRow({"prompt": ASK, "completion": BEST, "score": 2}, ("score",))],
+    "safety_labels": [
+        GoodRow({"prompt": "«P»", "response": "«A»", "is_safe": True, "category": {}}, ("is_safe",))
+    ],
+    "align_anything": [
+        GoodRow(
+            {"question": "«P»", "response_1": "«B»", "response_2": "«A»", "overall_response": 2},
+            ("overall_response",),
+        )
+    ],
+    "oasst": [
+        GoodRow(
+            {
+                "message_id": "x",
+                "message_tree_id": "x",
+                "role": "prompter",
+                "text": "«P»",
+                "replies": [
+                    {"message_id": "b", "role": "assistant", "text": "«B»", "rank": 1, "replies": []},
+                    {"message_id": "a", "role": "assistant", "text": "«A»", "rank": 0},
+                ],
+            },
+            ("rank", "role", "deleted"),
+        )
+    ],
     "question": [GoodRow({"question": "«P»", "chosen": "«A»", "rejected": "«B»"})],
     "question_responses": [
         GoodRow({"question": "«P»", "response_chosen": "«A»", "response_rejected": "«B»"}),
@@ -157,6 +216,10 @@ GOOD: dict[str, list[GoodRow]] = {
     "parallel_lists": [
         GoodRow({"query": "«P»", "response": ["«B»", "«A»"], "score": [1, 2.5]}, ("score",)),
         GoodRow({"instruction": "«P»", "generations": ["«A»", "«B»", "«C»"], "ranks": [1, 2, 3]}, ("ranks",)),
+        GoodRow(
+            {"system_prompt": "«P»", "instruction": "«P»", "generations": ["«A»", "«B»"], "ratings": [5, 1]},
+            ("ratings",),
+        ),
     ],
     "ultrafeedback": [
         GoodRow(
@@ -223,7 +286,17 @@ GOOD: dict[str, list[GoodRow]] = {
             ("rank", "role", "deleted"),
         )
     ],
-    "messages_and_replies": [GoodRow({"messages": ASK, "chosen": BEST[0], "rejected": NEXT[0]})],
+    "messages_and_replies": [
+        GoodRow({"messages": ASK, "chosen": BEST[0], "rejected": NEXT[0]}),
+        GoodRow({"messages": ASK, "chosen": BEST, "rejected": NEXT}),
+    ],
+    "context_turns": [
+        GoodRow(
+            {"context": [{"role": "human", "text": "«P»"}]}
+            | {"chosen": {"role": "assistant", "text": "«A»"}}
+            | {"rejected": {"role": "assistant", "text": "«B»"}}
+        )
+    ],
     "ultrainteract": [GoodRow({"trajectory": TURNS, "chosen": "«A»", "rejected": "«B»"})],
     "sharegpt_kto": [
         GoodRow({"conversations": [*TURNS, {"from": "gpt", "value": "«A»"}], "kto_tag": True}, ("kto_tag",))

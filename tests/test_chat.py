@@ -1,122 +1,36 @@
-"""Tool calls, reasoning, tools and a row's own variables through chat templates; what these drop."""
+"""Tool calls, tools and a row's own variables through chat templates; what these drop."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
-from tokenizers import AddedToken
+from chat_templates import (
+    CALL,
+    DEEPSEEK,
+    GPT_OSS,
+    LLAMA31,
+    PLAIN,
+    QWEN3,
+    QWEN_CALL,
+    TOOLS,
+    USED_TOOL,
+    WRITTEN,
+    chat_tokenizer,
+    row,
+    say,
+    text_of,
+)
 from transformers import PreTrainedTokenizerFast
 
-from dpo_kit.chat import RowText, dropped_parts, row_text
-from dpo_kit.errors import InputError
+from dpo_kit.borders import is_plain_backend
+from dpo_kit.chat import dropped_parts
+from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.pairs import load_pairs
 from dpo_kit.pairs.messages import packed
 from dpo_kit.tokenization import tokenize_pairs
-from dpo_kit.tokenizer import train_byte_level_bpe
-
-# Each after the manner of the family it is named for, in what is tested here.
-
-QWEN3 = (
-    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson + '\\n' }}{% endfor %}"
-    "{{ '<|im_end|>\\n' }}{% endif %}"
-    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
-    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-    "{% for m in messages %}{% if m.role == 'tool' %}"
-    "{{ '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' }}"
-    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if loop.index0 > ns.last and (loop.last or m.reasoning_content) %}"
-    "{{ '<think>\\n' + (m.reasoning_content or '').strip() + '\\n</think>\\n\\n' }}{% endif %}"
-    "{{ m.content.split('</think>')[-1].lstrip() }}"
-    "{% for c in m.tool_calls or [] %}{% set c = c.function or c %}"
-    '{{ \'<tool_call>\\n{"name": "\' + c.name + \'", "arguments": \' + c.arguments | tojson + '
-    "'}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}"
-    "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
-    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}"
-    "{% endif %}{% endif %}"
-)
-LLAMA31 = (
-    "{{ bos_token }}{% for m in messages %}{% set role = 'ipython' if m.role == 'tool' else m.role %}"
-    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{% if 'tool_calls' in m %}"
-    "{% if m.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}"
-    '{{ \'{"name": "\' + m.tool_calls[0].function.name + \'", "parameters": \' }}'
-    "{{ m.tool_calls[0].function.arguments | tojson + '}' }}"
-    "{{ '<|eom_id|>' if builtin_tools is defined else '<|eot_id|>' }}"
-    "{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-DEEPSEEK = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}"
-    "{% else %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] }}{% for c in m.tool_calls or [] %}"
-    "{{ '<call>' + c.function.name + '\\n' + c.function.arguments + '</call>' }}{% endfor %}{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}"
-)
-GPT_OSS = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
-    "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}"
-    "{% if m.tool_calls %}{{ '<|start|>assistant to=' + m.tool_calls[0].function.name + '<|message|>' + "
-    "m.tool_calls[0].function.arguments | tojson + '<|call|>' }}"
-    "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
-    "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
-    "{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-)
-PLAIN = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-SPECIAL = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-)
-SPECIAL += ("<|start|>", "<|end|>", "<|channel|>", "<|message|>", "<|call|>", "<|return|>")
-
-CITY = 'Pa"ris é'
-CALL = {
-    "id": "a1",
-    "type": "function",
-    "function": {"name": "weather", "arguments": {"city": CITY, "days": 2}},
-}
-WRITTEN = '{"city": "Pa\\"ris é", "days": 2}'
-QWEN_CALL = f'<tool_call>\n{{"name": "weather", "arguments": {WRITTEN}}}\n</tool_call>'
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": {}}}]
-
-
-def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    tokenizer = train_byte_level_bpe(["play playing unable able\n"] * 20, 270, eos_token="</s>")
-    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": list(SPECIAL)})
-    tokenizer.add_tokens([AddedToken("</tool_call>", special=False)])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def say(role: str, content: str | None, **extras: Any) -> dict:
-    return {"role": role, "content": content, **extras}
-
-
-def row(chosen: dict, *prompt: dict, **columns: Any) -> dict:
-    messages = list(prompt) or [say("user", "Hi")]
-    return {"prompt": messages, "chosen": [chosen], "rejected": [say("assistant", "No.")], **columns}
-
-
-def text_of(row: dict, template: str, **kwargs: Any) -> RowText:
-    tokenizer = chat_tokenizer(template)
-    added = frozenset([*SPECIAL, "</tool_call>", "<s>", "</s>"])
-    return row_text(row, tokenizer, kwargs, added)
-
-
-USED_TOOL = (
-    say("user", "Hi"),
-    say("assistant", None, tool_calls=[CALL], reasoning_content="ask first"),
-    say("tool", "sunny", tool_call_id="a1"),
-)
 
 
 def test_a_tool_call_is_written_by_the_template() -> None:
@@ -158,7 +72,8 @@ def test_llama_writes_one_call_and_its_arguments_as_an_object_however_they_came(
 
 
 def test_a_template_that_wants_arguments_as_text_gets_them_so() -> None:
-    text = text_of(row(say("assistant", "", tool_calls=[CALL])), DEEPSEEK)
+    with pytest.warns(DpoKitWarning, match="opens a thought"):
+        text = text_of(row(say("assistant", "", tool_calls=[CALL])), DEEPSEEK)
     assert text.prompt == "<s><|User|>Hi<|Assistant|><think>\n"
     assert text.replies[0] == f"<call>weather\n{WRITTEN}</call>"
 
@@ -185,6 +100,7 @@ def test_a_reply_that_changes_how_earlier_turns_are_written() -> None:
     assert text.replies[0] == (
         "<|channel|>analysis<|message|>new<|end|><|start|>assistant<|channel|>final<|message|>Yes."
     )
+    assert text.replies[1] == "<|channel|>final<|message|>No."
 
 
 @pytest.mark.parametrize(
@@ -264,6 +180,82 @@ def test_dropped_parts_where_the_template_minds_the_marks() -> None:
     said["prompt"] = [say("user", "Ho")]
     with pytest.raises(InputError, match="not Hi"):
         dropped_parts(said, chat_tokenizer(fussy), {})
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "tools", "drops"),
+    [
+        (PLAIN, [say("system", " Be kind.\n"), say("user", "Hi")], None, False),
+        (PLAIN.replace("in messages", "in messages if m.role != 'system'"), [say("user", "Hi")], None, False),
+        (
+            PLAIN.replace("in messages", "in messages if m.role != 'system'"),
+            [say("system", "Be kind."), say("user", "Hi")],
+            None,
+            True,
+        ),
+        (PLAIN, [say("user", "Hi")], TOOLS, True),
+        (QWEN3, [say("user", "Hi")], TOOLS, False),
+        (PLAIN, list(USED_TOOL), None, True),  # the call
+        (QWEN3, [*USED_TOOL, say("assistant", "Sunny."), say("user", "Ho", name="Ann")], TOOLS, False),
+        (PLAIN, [say("user", "Hi"), say("assistant", "Ho", reasoning_content="why")], None, False),
+        (QWEN3.replace("m.content +", "'' +"), list(USED_TOOL), None, True),  # the call's result
+    ],
+)
+def test_rows_of_which_the_prompt_loses_a_part(
+    template: str, prompt: list[dict], tools: list | None, drops: bool
+) -> None:
+    said = row(say("assistant", "Yes."), *prompt, **({"tools": json.dumps(tools)} if tools else {}))
+    assert text_of(said, template).drops == drops
+
+
+class WithOwnCall(PreTrainedTokenizerFast):
+    """Rows go through such a one in lists, not in arrays."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_what_a_template_drops_of_kept_rows_is_counted(tmp_path: Path) -> None:
+    asks = [[say("user", "Hi")], [say("system", "Be kind."), say("user", "Hi")]]
+    asks += [asks[0], [say("user", "H" * 99)]]
+    tools = [None, None, json.dumps(TOOLS), json.dumps(TOOLS)]
+    rows = [
+        row(say("assistant", "Yes."), *prompt, tools=own, source=f"a.jsonl:{i + 1}")
+        for i, (prompt, own) in enumerate(zip(asks, tools, strict=True))
+    ]
+    arrays = chat_tokenizer(PLAIN.replace("in messages", "in messages if m.role != 'system'"))
+    lists = WithOwnCall(tokenizer_object=arrays.backend_tokenizer, eos_token="</s>")
+    lists.chat_template = arrays.chat_template
+    assert (is_plain_backend(arrays), is_plain_backend(lists)) == (True, False)
+    for folder, tokenizer in (("arrays", arrays), ("lists", lists)):
+        result = tokenize_pairs(
+            datasets.Dataset.from_list(rows), tokenizer, max_length=60, cache_dir=tmp_path / folder
+        )
+        assert result.account() == [
+            "dropped_overlong: 1 of 4 pairs (a.jsonl:4)",
+            "template_drops: 2 of 4 pairs (a.jsonl:2, a.jsonl:3)",
+        ]
+        assert "drops" not in result.dataset.column_names
+
+
+def test_tools_of_texts_are_dropped() -> None:
+    texts = {"prompt": "weather", "chosen": "a", "rejected": "b"}
+    assert not text_of(texts, PLAIN).drops
+    assert text_of(texts | {"tools": json.dumps(TOOLS)}, PLAIN).drops
+
+
+def test_tools_as_a_list_of_json_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(row(say("assistant", "Yes."), tools=[json.dumps(tool) for tool in TOOLS]))
+    )
+    (loaded,) = load_pairs(tmp_path / "a.jsonl")
+    assert json.loads(loaded["tools"]) == TOOLS
+    by_hand = loaded | {"tools": json.dumps([json.dumps(tool) for tool in TOOLS])}
+    assert text_of(loaded, QWEN3) == text_of(by_hand, QWEN3)
+    assert json.dumps(TOOLS[0]) in text_of(by_hand, QWEN3).prompt
+    for bad in (["weather"], ["3"], [3], {"name": "weather"}):
+        with pytest.raises(InputError, match=r"a\.jsonl:1: field 'tools"):
+            text_of(loaded | {"tools": json.dumps(bad)}, QWEN3)
 
 
 def test_from_a_data_set_to_ids(tmp_path: Path) -> None:

@@ -261,7 +261,8 @@ def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
         ),
         (QWEN3, "Hello", USER, "<think>\n\n</think>\n\nHello<|im_end|>"),
         (QWEN3, WHY, USER, WHY + "<|im_end|>"),
-        (QWEN3, "<think>why</think>Hello", USER, "<think>why</think>Hello<|im_end|>"),
+        (QWEN3, "<think>why</think>Hello", USER, WHY + "<|im_end|>"),
+        (QWEN3, "why</think>\nHello", USER, WHY + "<|im_end|>"),
         (DEEPSEEK, WHY, "<s><|User|>Hi<|Assistant|><think>\n", "why\n</think>\n\nHello</s>"),
         (
             GEMMA,
@@ -275,6 +276,7 @@ def chat_tokenizer(template: str) -> PreTrainedTokenizerFast:
         (BARE, "Hello", "user: Hi\nassistant:", " Hello\n</s>"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*opens a thought:dpo_kit.errors.DpoKitWarning")
 def test_templates(template: str, content: str, prompt: str, completion: str) -> None:
     tokenizer = chat_tokenizer(template)
     prompt_ids, chosen, rejected = encode_pair(messages_row("Hi", content), tokenizer)
@@ -300,7 +302,7 @@ def test_tools_reach_the_template() -> None:
     tools = [{"type": "function", "function": {"name": "search"}}]
     prompt, *_ = encode_pair(messages_row("Hi", "Hello") | {"tools": json.dumps(tools)}, tokenizer)
     assert json.dumps(tools) in decode(tokenizer, prompt)
-    with pytest.raises(InputError, match=r"a\.jsonl:3: field 'tools': not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: field 'tools': expected a list of tool"):
         encode_pair(messages_row("Hi", "Hello") | {"tools": "[{", "source": "a.jsonl:3"}, tokenizer)
 
 

@@ -17,7 +17,7 @@ from dpo_kit.pairs import load_pairs, read_pairs, register_format
 from dpo_kit.pairs.canonical import canonical_pair
 from dpo_kit.pairs.formats import FORMATS
 from dpo_kit.pairs.formats.dialogues import ASSISTANT, HUMAN, split_hh
-from dpo_kit.pairs.schema import Place
+from dpo_kit.pairs.schema import Place, UnusablePair
 
 TEXT_ROW = {"prompt": "Name a city.", "chosen": " Paris", "rejected": " London"}
 ASK = [{"role": "user", "content": "Name a city."}]
@@ -139,6 +139,11 @@ def test_conversations_are_split_before_the_last_message(prompt: list, chosen: s
     whole = {"chosen": prompt + replies[0], "rejected": prompt + replies[1]}
     expected = {"prompt": prompt, "chosen": replies[0], "rejected": replies[1]}
     assert canonical_pair(whole) == expected
+    last = prompt[-1]["content"].strip()
+    if prompt[-1]["role"] == "assistant" and last in (chosen.strip(), rejected.strip()):
+        with pytest.raises(UnusablePair, match="the prompt ends with the reply"):
+            canonical_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        return
     assert canonical_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected}) == expected
     if prompt[0]["role"] in ("system", "user"):
         assert canonical_pair({"prompt": prompt, **whole}) == expected

@@ -139,6 +139,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("safe_rlhf", SAFE, pair("How?", "one", "zero")),
     ("shp", SHP, pair("Why?", "b", "a", margin=10.0)),
     ("shp", {**SHP, "labels": 1}, pair("Why?", "a", "b", margin=-10.0)),
+    ("shp", {**SHP, "score_A": "340", "score_B": "", "labels": "1"}, pair("Why?", "a", "b")),
+    (
+        "align_anything",
+        {"question": "How?", "response_1": "a", "response_2": "b", "overall_response": 2},
+        pair("How?", "b", "a"),
+    ),
     (
         "summarize_from_feedback",
         SUMMARIES,

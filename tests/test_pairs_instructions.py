@@ -1,4 +1,4 @@
-"""One row of each shape of instruction data as its public set has it, and what becomes of it."""
+"""One row of each shape of instructions and conversations as its public set has it; what becomes of it."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversation_rows import ANN, CONVERSATIONS, WEATHER, reply, said
 from pair_files import error_of, write
 
 from dpo_kit.pairs import read_pairs
 from dpo_kit.pairs.formats import detected_format
 from dpo_kit.pairs.schema import Place
 
-
-def said(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def reply(content: str) -> list[dict[str, str]]:
-    return [said("assistant", content)]
-
-
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    **CONVERSATIONS,
     "alpaca": [
         (
             {"instruction": "Translate.", "input": " Guten Tag\n", "chosen": " Hello", "rejected": "Bye"},
@@ -76,7 +68,16 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
                 "chosen_model": "gpt-4",
             },
             {"prompt": "Name a city.", "chosen": "Paris", "rejected": "London", "margin": 0.75},
-        )
+        ),
+        (
+            {
+                "system": "You are Ann.",
+                "instruction": "Who are you?",
+                "chosen_response": "Ann.",
+                "rejected_response": "Bob.",
+            },
+            {"prompt": ANN, "chosen": reply("Ann."), "rejected": reply("Bob.")},
+        ),
     ],
     "orca_dpo": [
         (
@@ -107,23 +108,6 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
                 "prompt": [said("system", "Be brief."), said("user", "Name a city.")],
                 "chosen": reply("Paris"),
                 "rejected": reply("London"),
-            },
-        )
-    ],
-    "system_prompt": [
-        (
-            {
-                "id": "1",
-                "source": "truthy_dpo",
-                "system": "You are Ann.",
-                "prompt": "Who are you?",
-                "chosen": "Ann.",
-                "rejected": "Bob.",
-            },
-            {
-                "prompt": [said("system", "You are Ann."), said("user", "Who are you?")],
-                "chosen": reply("Ann."),
-                "rejected": reply("Bob."),
             },
         )
     ],
@@ -208,116 +192,55 @@ ROWS: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
             {"prompt": [said("user", "Hi")], "chosen": reply("Hello"), "rejected": reply("Bye")},
         ),
     ],
-    "explicit_prompt": [
-        (  # Dahoas/full-hh-rlhf: HH's turns in a prompt of its own stay as they are
-            {
-                "prompt": "\n\nHuman: Hi\n\nAssistant:",
-                "response": " Hello",
-                "chosen": " Hello",
-                "rejected": " Bye",
-            },
-            {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello", "rejected": " Bye"},
-        ),
-        (  # HuggingFaceH4/ultrafeedback_binarized: 'messages' is a copy of the chosen side
-            {
-                "prompt": "Hi",
-                "messages": [said("user", "Hi"), *reply("Hello")],
-                "chosen": [said("user", "Hi"), *reply("Hello")],
-                "rejected": [said("user", "Hi"), *reply("Bye")],
-                "score_chosen": 8.5,
-                "score_rejected": 6.0,
-            },
-            {
-                "prompt": [said("user", "Hi")],
-                "chosen": reply("Hello"),
-                "rejected": reply("Bye"),
-                "margin": 2.5,
-            },
-        ),
-    ],
-    "implicit_prompt": [
+    "query_responses": [
         (
-            {
-                "messages": [said("user", "Hi"), *reply("Hello")],
-                "chosen": [said("user", "Hi"), *reply("Hello")],
-                "rejected": [said("user", "Hi"), *reply("Bye")],
-            },
-            {"prompt": [said("user", "Hi")], "chosen": reply("Hello"), "rejected": reply("Bye")},
-        )
-    ],
-    "sharegpt": [
-        (
-            {
-                "conversations": [
-                    {"from": "human", "value": "How cold is it?"},
-                    {"from": "function_call", "value": '{"name": "weather"}'},
-                    {"from": "observation", "value": "10"},
-                ],
-                "tools": json.dumps([WEATHER]),
-                "chosen": {"from": "gpt", "value": "Ten degrees."},
-                "rejected": [{"from": "gpt", "value": "Cold."}],
-            },
-            {
-                "prompt": [
-                    said("user", "How cold is it?"),
-                    said("assistant", '{"name": "weather"}'),
-                    said("tool", "10"),
-                ],
-                "tools": json.dumps([WEATHER]),
-                "chosen": reply("Ten degrees."),
-                "rejected": reply("Cold."),
-            },
+            {"query": "Who are you?", "response": "Ann.", "rejected_response": "Bob."},
+            {"prompt": "Who are you?", "chosen": "Ann.", "rejected": "Bob."},
         ),
         (
             {
-                "conversations": [{"from": "human", "value": "How cold is it?"}],
-                "tools": "",
-                "chosen": {"from": "function_call", "value": '{"name": "weather"}'},
-                "rejected": "Cold.",
+                "query": "And now?",
+                "response": "Ann.",
+                "rejected_response": "Bob.",
+                "system": "You are Ann.",
+                "history": [["Who are you?", "Ann."]],
             },
             {
-                "prompt": [said("user", "How cold is it?")],
-                "chosen": reply('{"name": "weather"}'),
-                "rejected": reply("Cold."),
+                "prompt": [*ANN, *reply("Ann."), said("user", "And now?")],
+                "chosen": reply("Ann."),
+                "rejected": reply("Bob."),
             },
         ),
     ],
-    "messages_and_replies": [
+    "nemo_aligner": [
         (
             {
-                "messages": [said("system", "Be brief."), said("user", "Hi")],
-                "chosen": said("assistant", "Hello"),
-                "rejected": said("assistant", "Bye"),
+                "prompt": "<s>User\nHi<s>Assistant\n",
+                "chosen_response": "Hello",
+                "rejected_response": "Bye",
+                "chosen_reward": 4.5,
+                "rejected_reward": "5",
             },
             {
-                "prompt": [said("system", "Be brief."), said("user", "Hi")],
-                "chosen": reply("Hello"),
-                "rejected": reply("Bye"),
+                "prompt": "<s>User\nHi<s>Assistant\n",
+                "chosen": "Hello",
+                "rejected": "Bye",
+                "margin": -0.5,
             },
         )
     ],
-    "ultrainteract": [
+    "safety_labels": [
         (
-            {
-                "task": "Coding",
-                "dataset": "codecontest",
-                "trajectory": [{"from": "user", "value": "Solve it."}],
-                "chosen": "Step 1",
-                "rejected": "Step 0",
-                "id": "a",
-                "parent_id": "b",
-            },
-            {"prompt": [said("user", "Solve it.")], "chosen": reply("Step 1"), "rejected": reply("Step 0")},
+            {"prompt": "How?", "response": "So.", "category": {"violence": False}, "is_safe": True},
+            {"prompt": "How?", "completion": "So.", "label": True},
         )
     ],
-    "sharegpt_kto": [
+    "unpaired": [
         (
-            {
-                "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
-                "kto_tag": True,
-            },
-            {"prompt": [said("user", "Hi")], "completion": reply("Hello"), "label": True},
+            {"prompt": "Hi", "completion": "Hello", "label": label},
+            {"prompt": "Hi", "completion": "Hello", "label": is_good},
         )
+        for label, is_good in (("true", True), ("False", False), ("1", True), (0.0, False), (1.0, True))
     ],
 }
 CASES = [(name, *case) for name, cases in ROWS.items() for case in cases]
@@ -330,6 +253,24 @@ def test_a_row_of_each_shape(tmp_path: Path, name: str, row: dict, canonical: di
     (loaded,), report = read_pairs(file)
     assert report.sources[0].format == name
     assert loaded == {**canonical, "source": f"{file}:1"}
+
+
+def test_a_system_text_is_there_once(tmp_path: Path) -> None:
+    """Of one rule for all shapes: equal texts are one, blank ones none, and different ones no row."""
+    turns = [said("system", "You are Ann."), {"from": "human", "value": "Who are you?"}]
+    shapes = [
+        {"prompt": ANN, "chosen": "Ann.", "rejected": "Bob."},
+        {"chosen": [*ANN, *reply("Ann.")], "rejected": [*ANN, *reply("Bob.")]},
+        {"conversations": turns, "chosen": "Ann.", "rejected": "Bob."},
+        {"messages": ANN, "chosen": "Ann.", "rejected": "Bob."},
+        {"messages": [*ANN, *reply("Ann.")], "rejected_response": "Bob."},
+    ]
+    for i, shape in enumerate(shapes):
+        for column, text in (("system", "You are Ann."), ("system_prompt", " "), ("system", None)):
+            (pair,) = read_pairs(write(tmp_path / "a.jsonl", {**shape, column: text}))[0]
+            assert pair["prompt"] == ANN, (i, column)
+        error = error_of(write(tmp_path / "a.jsonl", {**shape, "system": "You are Bob."}), invalid="drop")
+        assert (error.field, "another system text" in str(error)) == ("system", True)
 
 
 def test_a_shape_is_not_taken_for_another_where_columns_are_in_both() -> None:
@@ -367,6 +308,16 @@ def test_a_shape_is_not_taken_for_another_where_columns_are_in_both() -> None:
         ("ultrainteract", {"trajectory": [{"from": "narrator", "value": "a"}]}, "trajectory[0].from"),
         ("messages_and_replies", {"chosen": {"content": "a"}}, "chosen.role"),
         ("sharegpt_kto", {"kto_tag": 2}, "kto_tag"),
+        ("unpaired", {"label": "good"}, "label"),
+        ("unpaired", {"label": 0.5}, "label"),
+        ("safety_labels", {"is_safe": None}, "is_safe"),
+        ("nemo_aligner", {"chosen_reward": "high"}, "chosen_reward"),
+        ("swift", {"rejected_response": None}, "rejected_response"),
+        ("swift_conversations", {"rejected_messages": "a"}, "rejected_messages"),
+        ("alpaca", {"system": 1}, "system"),
+        # another system text in the turns already
+        ("messages_and_replies", {"system": "Be long."}, "system"),
+        ("swift", {"system": "Be Bob."}, "system"),
     ],
 )
 def test_bad_rows_are_named_by_what_stands_on_disk(
@@ -381,6 +332,8 @@ def test_bad_rows_are_named_by_what_stands_on_disk(
     ("name", "change", "kind", "field"),
     [
         ("alpaca", {"instruction": " ", "input": ""}, "empty_prompt", "instruction"),
+        ("orca_dpo", {"question": ""}, "empty_prompt", "question"),
+        ("messages_and_replies", {"messages": [], "system": "Be brief."}, "empty_prompt", "messages"),
         ("stack_exchange_paired", {"response_k": "sorted(x)"}, "identical", "response_k"),
         ("question_responses", {"response_chosen": ""}, "empty_completion", "response_chosen"),
         (

@@ -34,6 +34,8 @@ def mapped(file: Path, row: Any, mapping: dict[str, Any], **options: Any) -> lis
         ("a.b[-1].c", 2),
         ("a.b[*].c", [1, 2]),
         ("a['b'][1]", {"c": 2}),
+        ("a.b[:-1]", [{"c": 1}]),
+        ("a.b[1:][*].c", [2]),
         ('["my key"]["x.y"]', 3),
         ("'my key'.'x.y'", 3),
         ('["e[0]"]', 4),
@@ -56,7 +58,7 @@ def test_an_element_that_may_be_missing_is_null() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["", " ", ".a", "a.", "a..b", "a[b]", "a[", "[0].a", 'a"b"', "a b", "[*]", 5, None]
+    "path", ["", " ", ".a", "a.", "a..b", "a[b]", "a[", "a[1:2:3]", "[0].a", 'a"b"', "a b", "[*]", 5, None]
 )
 def test_what_is_no_path(path: Any) -> None:
     with pytest.raises(InputError) as caught:
@@ -72,6 +74,7 @@ def test_what_is_no_path(path: Any) -> None:
         ("a.b.c", "'c' needs an object, found a list in 'a.b'"),
         ("a.b[2].c", "there is no [2] in a list of 2 in 'a.b'"),
         ("a[0]", "'[0]' needs a list, found an object in 'a'"),
+        ("a[:-1]", "'[:]' needs a list, found an object in 'a'"),
         ("a.b[*].d", "there is no 'd' in 'a.b[0]'|There: c."),
         ("n.x", "'x' needs an object, found null in 'n'"),
     ],
@@ -121,6 +124,29 @@ def test_whole_conversations_and_scores(file: Path) -> None:
     mapping = {"chosen": "good", "rejected": "bad", "score_chosen": "s[0]", "score_rejected": "s[1]"}
     (pair,) = mapped(file, row, mapping)
     assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["margin"]) == (ask, good, bad, 2.5)
+
+
+def test_turns_and_a_part_of_a_list(file: Path) -> None:
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]
+    row = {"turns": turns, "other": "no", "s": "Be brief."}
+    mapping = {"prompt": "turns[:-1]", "chosen": "turns[-1].value", "rejected": "other"}
+    (pair,) = mapped(file, row, mapping)
+    ask, good, bad = ({"role": "user", "content": "Hi"}, *said("yes", "no"))
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == ([ask], [good], [bad])
+    (pair,) = mapped(file, row, {**mapping, "system": "s"})
+    assert pair["prompt"] == [{"role": "system", "content": "Be brief."}, ask]
+    whole = {"chosen": "turns", "rejected": "worse", "system": "s"}
+    worse = [turns[0], {"from": "gpt", "value": "no"}]
+    (pair,) = mapped(file, {**row, "worse": worse}, whole)
+    assert (pair["prompt"][0]["content"], pair["prompt"][1], pair["rejected"]) == ("Be brief.", ask, [bad])
+    error = error_of(
+        write(file, {**row, "turns": [{"from": "narrator", "value": "Hi"}, turns[1]]}), mapping=mapping
+    )
+    assert error.field == "turns[:-1][0].from"
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text} for text in texts]
 
 
 CHOICE = {"prompt": "q", "first": "one", "second": "two", "preference": "winner"}
@@ -180,6 +206,7 @@ def test_unpaired(file: Path) -> None:
     assert (pair["chosen"], pair["rejected"]) == ("x", "y")
     del mapping["values"]
     assert error_of(write(file, *rows), mapping=mapping).field == "ok"
+    assert [row["label"] for row in mapped(file, {**rows[0], "ok": "True"}, mapping)] == [True]
 
 
 def test_lists_by_score_and_by_rank(file: Path) -> None:
@@ -279,6 +306,23 @@ def test_a_mapping_is_a_format_of_its_own(file: Path) -> None:
         (
             {"query": "q", "text_1": "x", "text_2": "y", "preference": 0.8},
             {"prompt": "query", "first": "text_1", "second": "text_2", "preference": "preference"},
+        ),
+        (
+            {"model_1": "gpt-4", "model_2": "phi", "winner": "1"}
+            | {"prompt": "q", "response_1": "x", "response_2": "y"},
+            {
+                "prompt": "prompt",
+                "first": "response_1",
+                "second": "response_2",
+                "preference": "winner",
+                "values.first": "...",
+                "values.second": "...",
+            },
+        ),
+        (
+            {"task": "q", "id_a": "17", "id_b": "18", "left": "A long one.", "right": "Another one."}
+            | {"verdict": 0.3},
+            {"prompt": "task", "first": "left", "second": "right", "preference": "verdict"},
         ),
         (
             {"question": {"t": 1}, "candidates": [{"text": "x", "votes": 3}]},

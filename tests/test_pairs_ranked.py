@@ -1,10 +1,8 @@
-"""Lists of judged replies: rows as the public sets have them, and the real trees of OASST."""
+"""Lists of judged replies: rows as the public sets have them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import pytest
 from dpo_kit.pairs import read_pairs
 from tests.pair_files import error_of, write
 
-OASST = Path(__file__).resolve().parents[2] / "shared" / "data" / "oasst" / "en_100_tree.jsonl"
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
@@ -172,6 +169,51 @@ def test_nemo_counts_ranks_from_nought(file: Path) -> None:
     assert error_of(write(file, row)).field == "completions[0].rank"
 
 
+def test_lists_of_chosen_and_rejected_texts(file: Path) -> None:
+    row = {"id": "1", "prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"], "num_correct": 2}
+    pairs, report = read_pairs(write(file, row))
+    found = [(p["chosen"], p["rejected"], p["chosen_rank"], p["rejected_rank"]) for p in pairs]
+    assert found == [(good, bad, 1, 2) for good in "ab" for bad in "cd"]
+    assert (report.sources[0].format, report.counts) == ("several_chosen", {"tie": 2})
+    assert "margin" not in pairs[0]
+    assert error_of(write(file, {**row, "chosen": ["a", None]})).field == "chosen[1]"
+    assert error_of(write(file, row, {**row, "chosen": "a"})).field == "chosen"
+
+
+@pytest.mark.parametrize("reply", ["response", "completion"])
+def test_one_scored_reply_a_row(tmp_path: Path, reply: str) -> None:
+    rows = [{"prompt": "p", reply: "a", "score": 0.5}, {"prompt": "p", reply: "b", "score": 2}]
+    csv = tmp_path / "rows.csv"
+    csv.write_text(f"prompt,{reply},score\np,a,0.5\np,b,2\n")
+    for source in (write(tmp_path / "rows.jsonl", *rows), csv):
+        (pair,), report = read_pairs(source)
+        assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("b", "a", 1.5)
+        assert report.sources[0].format == f"scored_{reply}"
+    _, report = read_pairs(write(tmp_path / "rows.jsonl", *rows, {**rows[0], "score": None}))
+    assert report.counts == {"unjudged": 1}
+    assert error_of(write(tmp_path / "rows.jsonl", {**rows[0], "score": "good"})).field == "score"
+
+
+def test_numbers_of_csv_files(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("history,human_ref_A,human_ref_B,labels,score_A,score_B\np,a,b,0,4,10\n")
+    (pair,) = read_pairs(file)[0]
+    assert (pair["chosen"], pair["margin"]) == ("b", 6.0)
+    names = ",".join(HELPSTEER[0])
+    file.write_text(f"{names}\np,a,3,4,4,2,1\np,b,4,4,4,2,1\n")
+    (pair,) = read_pairs(file)[0]
+    assert (pair["chosen"][0]["content"], pair["margin"]) == ("b", 1.0)
+    file.write_text(
+        "instruction,chosen_response,rejected_response,chosen_rating,rejected_rating\np,a,b,4.5,N/A\n"
+    )
+    (pair,) = read_pairs(file)[0]
+    assert (pair["chosen"], "margin" in pair) == ("a", False)
+    file.write_text("prompt,response,is_safe\np,a,True\n")
+    assert [row["label"] for row in read_pairs(file)[0]] == [True]
+    file.write_text("prompt,response,score\np,a,1e3\n")
+    assert error_of(file).field == "score"
+
+
 def test_stack_exchange_preferences(file: Path) -> None:
     answers = [{"answer_id": i, "pm_score": score, "text": f"<p>{i}</p>"} for i, score in enumerate((1, 4))]
     (pair,) = read_pairs(write(file, {"qid": 1, "question": "<p>Why?</p>", "answers": answers}))[0]
@@ -206,127 +248,15 @@ def test_lists_side_by_side_under_many_names(file: Path, row: dict[str, Any], sc
     assert (made["prompt"], made["completions"], made["scores"]) == ("p", ["a", "b"], scores)
 
 
+def test_lists_side_by_side_behind_a_system_text(file: Path) -> None:
+    row = {"system_prompt": "s", "instruction": "p", "generations": ["a", "b"], "ratings": [1, 5]}
+    (pair,) = read_pairs(write(file, row))[0]
+    assert [(turn["role"], turn["content"]) for turn in pair["prompt"]] == [("system", "s"), ("user", "p")]
+    assert (pair["chosen"], pair["margin"]) == ([{"role": "assistant", "content": "b"}], 4.0)
+
+
 def test_lists_side_by_side_that_are_unclear(file: Path) -> None:
     row = {"query": "p", "responses": ["a", "b"], "scores": [1, 2], "ratings": [2, 1]}
     assert "scores or ranks in one column, not in 'scores' and 'ratings'" in str(error_of(write(file, row)))
     short = {"query": "p", "responses": ["a", "b", "c"], "scores": [1, 2]}
     assert error_of(write(file, short)).field == "scores"
-
-
-# OASST
-
-
-def oasst_levels() -> Iterator[tuple[list[str], list[tuple[str, int]]]]:
-    """Each prompter's message by a walk of its own: the texts up to it, and its ranked replies."""
-
-    def walk(node: dict[str, Any], path: list[str]) -> Iterator[tuple[list[str], list[tuple[str, int]]]]:
-        path = [*path, node["text"]]
-        ranked = [
-            (reply["text"], reply["rank"]) for reply in node["replies"] if reply.get("rank") is not None
-        ]
-        if node["role"] == "prompter" and len(ranked) > 1:
-            yield path, ranked
-        for reply in node["replies"]:
-            yield from walk(reply, path)
-
-    for line in OASST.read_text(encoding="utf-8").split("\n"):
-        if line:
-            yield from walk(json.loads(line)["prompt"], [])
-
-
-@pytest.mark.skipif(not OASST.is_file(), reason="the real data of ../shared/data is not here")
-def test_the_real_trees() -> None:
-    levels = list(oasst_levels())
-    sizes = {n: sum(len(ranked) == n for _, ranked in levels) for n in range(2, 10)}
-    assert sizes == {2: 57, 3: 117, 4: 27, 5: 3, 6: 6, 7: 0, 8: 1, 9: 1}
-    # 57 * 1 + 117 * 3 + 27 * 6 + 3 * 10 + 6 * 15 + 28 + 36
-    assert sum(n * (n - 1) // 2 * count for n, count in sizes.items()) == 754
-
-    pairs, report = read_pairs(OASST)
-    assert (report.read, report.kept, report.made) == (100, 100, 754)
-    assert report.sources[0].unused_columns == []
-    # One list of three has a fourth reply that nobody ranked.
-    assert [(p.kind, p.place.line) for p in report.problems] == [("unjudged", 59)]
-    wanted = set()
-    for path, ranked in levels:
-        for (one, at), (other, below) in combinations(sorted(ranked, key=lambda pair: pair[1]), 2):
-            wanted.add((tuple(path), one, at + 1, other, below + 1))
-    found = {
-        (
-            tuple(turn["content"] for turn in pair["prompt"]),
-            pair["chosen"][0]["content"],
-            pair["chosen_rank"],
-            pair["rejected"][0]["content"],
-            pair["rejected_rank"],
-        )
-        for pair in pairs
-    }
-    assert found == wanted
-    assert {turn["role"] for pair in pairs for turn in pair["prompt"][::2]} == {"user"}
-    assert {turn["role"] for pair in pairs for turn in pair["prompt"][1::2]} == {"assistant"}
-    assert len(read_pairs(OASST, shape="lists")[0]) == len(levels) == 212
-    assert len(read_pairs(OASST, pairs="best_worst")[0]) == 212
-    assert (
-        len(read_pairs(OASST, pairs="adjacent")[0]) == sum(len(ranked) - 1 for _, ranked in levels) == 429
-    )  # 641 ranked replies
-
-
-def node(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"role": role, "text": text, "deleted": False, "replies": list(replies), **more}
-
-
-def tree(*replies: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "message_tree_id": "t",
-        "tree_state": "ready_for_export",
-        "prompt": node("prompter", "Q", *replies, **more),
-    }
-
-
-def test_a_tree_has_a_list_for_each_level(file: Path) -> None:
-    deep = node("prompter", "More?", node("assistant", "yes", rank=1), node("assistant", "no", rank=0))
-    made = lists(file, tree(node("assistant", "A", deep, rank=0), node("assistant", "B", rank=1)))
-    assert [[turn["content"] for turn in row["prompt"]] for row in made] == [["Q"], ["Q", "A", "More?"]]
-    assert [row["scores"] for row in made] == [[-1, -2], [-2, -1]]
-
-
-def test_deleted_messages_take_what_follows_with_them(file: Path) -> None:
-    below = node("prompter", "More?", node("assistant", "yes", rank=1), node("assistant", "no", rank=0))
-    row = tree(
-        node("assistant", "A", below, rank=0, deleted=True),
-        node("assistant", "B", rank=1),
-        node("assistant", "C", rank=2),
-        node("assistant", "D", rank=3, review_result=False),
-    )
-    (pair,), report = read_pairs(write(file, row))
-    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("B", "C")
-    assert [(p.kind, p.field) for p in report.problems] == [
-        ("unjudged", "prompt.replies[0]"),
-        ("unjudged", "prompt.replies[3]"),
-    ]
-
-
-def test_trees_without_a_list_and_damaged_ones(file: Path) -> None:
-    good = tree(node("assistant", "A", rank=0), node("assistant", "B", rank=1))
-    alone = tree(node("assistant", "A", rank=0), node("assistant", "B", rank=None))
-    assert read_pairs(write(file, good, alone))[1].counts == {"nothing_to_compare": 1}
-    damaged = {
-        "prompt.replies[1].role": tree(node("assistant", "A"), node("robot", "B")),
-        "prompt.replies[0].text": tree(node("assistant", 5)),
-        "prompt.replies[1].rank": tree(node("assistant", "A", rank=0), node("assistant", "B", rank="1")),
-        "prompt.deleted": tree(deleted="no"),
-        "prompt.replies[0].replies": tree({"role": "assistant", "text": "A", "replies": {}}),
-        "prompt.replies[0]": tree("A"),
-    }
-    for field, row in damaged.items():
-        assert error_of(write(file, row)).field == field
-
-
-def test_a_tree_deeper_than_the_stack(file: Path) -> None:
-    from dpo_kit.pairs.formats import FORMATS
-
-    inner = node("prompter", "Q", node("assistant", "A", rank=0), node("assistant", "B", rank=1))
-    for _ in range(5000):
-        inner = node("prompter", "Q", node("assistant", "A", inner))
-    made = FORMATS["oasst_tree"].convert({"message_tree_id": "t", "prompt": inner})
-    assert [len(row["prompt"]) for row in made] == [10001]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs import load_pairs, read_pairs
-from dpo_kit.pairs.reading import _rows_of_document
+from dpo_kit.pairs.json_rows import rows_of_document
 
 # Characters that careless readers take for line ends, quotes and separators.
 ODD = "“x”\u2028\x85 a,b;\"c\"\r\n\ttab \ufeff 😀 '\\n'"
@@ -133,7 +133,7 @@ def test_single_sharegpt_row_is_not_taken_for_a_list_of_rows(tmp_path: Path) -> 
 )
 def test_json_list_walk_agrees_with_json_and_names_true_lines(rows: list, indent: int, before: str) -> None:
     text = f"{before}{json.dumps(rows, indent=indent)}\n "
-    found = list(_rows_of_document("f", text))
+    found = list(rows_of_document("f", [text]))
     assert [row for row, _ in found] == rows
     lines = text.split("\n")
     if indent is not None:

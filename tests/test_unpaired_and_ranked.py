@@ -117,7 +117,7 @@ MESSAGES = {"messages": ASK + PARIS, "label": False}
 BAD = [
     (TEXT, {**TEXT, "label": "yes"}, "label", "found text ('yes')"),
     (TEXT, {**TEXT, "label": 2}, "label", "expected true or false, found 2"),
-    (TEXT, {**TEXT, "label": 1.0}, "label", "found 1.0"),
+    (TEXT, {**TEXT, "label": 0.5}, "label", "found 0.5"),
     (TEXT, {**TEXT, "label": None}, "label", "found null"),
     (TEXT, {"prompt": "a", "completion": "b"}, "label", "no such field"),
     (TEXT, {**TEXT, "completion": 3}, "completion", "found a number"),
@@ -202,16 +202,11 @@ def test_kinds_do_not_mix(tmp_path: Path) -> None:
         name: write(tmp_path / f"{name}.jsonl", row)
         for name, row in (("pairs", PAIR), ("unpaired rows", TEXT), ("ranked lists", LIST))
     }
-    for first, second in (
-        ("pairs", "unpaired rows"),
-        ("ranked lists", "pairs"),
-        ("unpaired rows", "ranked lists"),
-    ):
-        shape = {"shape": "lists"} if "ranked lists" in (first, second) else {}
-        if "unpaired rows" in (first, second) and shape:
-            continue  # which become lists too
-        said = str(error_of([files[first], files[second]], **shape))
-        assert f"{files[first]}:1 is of the {first}, {files[second]}:1 of the {second}" in said
+    said = str(error_of([files["pairs"], files["unpaired rows"]]))
+    assert f"{files['pairs']}:1 is of the pairs, {files['unpaired rows']}:1 of the unpaired rows" in said
+    said = str(error_of([files["ranked lists"], files["pairs"]], shape="lists"))
+    assert f"{files['ranked lists']}:1 is of the ranked lists, {files['pairs']}:1 of the pairs" in said
+    assert load_pairs(files["pairs"], shape="lists").column_names[:3] == ["prompt", "chosen", "rejected"]
     error = error_of(write(tmp_path / "a.jsonl", PAIR, TEXT))
     assert (error.line, error.field) == (2, "chosen")
 

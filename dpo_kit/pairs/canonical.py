@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_kit.pairs.kinds import LISTS, PAIRS, SCORED, UNPAIRED, Kind
 from dpo_kit.pairs.messages import require_usable, says_something, text_or_messages
+from dpo_kit.pairs.misplaced import require_in_place
 from dpo_kit.pairs.schema import (
     BadRow,
     UnusablePair,
@@ -120,6 +121,22 @@ def _prompt_and_replies(
     prompt: Part | None, replies: dict[str, Part], prompt_field: str
 ) -> tuple[Part, list[Part]]:
     """The prompt and the replies of one row (by field) -> the same in canonical form, none of them empty."""
+    canonical: list[Part] = list(replies.values())
+    given = prompt is not None
+    if not (isinstance(prompt, str) and all(isinstance(reply, str) for reply in canonical)):
+        _require_alike(prompt, replies)
+        prompt, canonical = _as_messages(prompt, replies, prompt_field)
+    if not says_something(prompt):
+        raise UnusablePair("empty_prompt", field=prompt_field)
+    for field, reply in zip(replies, canonical, strict=True):
+        if not says_something(reply):
+            raise UnusablePair("empty_completion", field=field)
+    require_in_place(prompt, canonical, list(replies), prompt_field if given else None)
+    return prompt, canonical
+
+
+def _require_alike(prompt: Part | None, replies: dict[str, Part]) -> None:
+    """Replies must be all text or all messages, and messages where there is no prompt; raises `BadRow`."""
     texts = [isinstance(reply, str) for reply in replies.values()]
     if len(set(texts)) > 1:
         odd = next(field for field, text in zip(replies, texts, strict=True) if text != texts[0])
@@ -131,15 +148,6 @@ def _prompt_and_replies(
             mend="Add a 'prompt' field, or give "
             f"{' and '.join(repr(field) for field in replies)} as lists of messages or HH dialogues",
         )
-    canonical: list[Part] = list(replies.values())
-    if not (isinstance(prompt, str) and texts[0]):
-        prompt, canonical = _as_messages(prompt, replies, prompt_field)
-    if not says_something(prompt):
-        raise UnusablePair("empty_prompt", field=prompt_field)
-    for field, reply in zip(replies, canonical, strict=True):
-        if not says_something(reply):
-            raise UnusablePair("empty_completion", field=field)
-    return prompt, canonical
 
 
 def _as_messages(

@@ -13,11 +13,43 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations, pairwise
 from typing import Any
 
-from dpo_kit.pairs.kinds import LISTS, PAIRS, Kind
+from dpo_kit.errors import InputError
+from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, PAIRS, UNPAIRED, Kind
 from dpo_kit.pairs.options import LoadOptions
-from dpo_kit.pairs.schema import BadRow
+from dpo_kit.pairs.schema import BadRow, finite
 
 Row = dict[str, Any]
+_ROWS: dict[str, str] = {kind.name: kind.rows for kind in KINDS_OF_ROWS}
+
+
+def require_effect(kind: Kind, options: LoadOptions, file: str) -> None:
+    """Raises `InputError` for an option that would do nothing to this file's rows, which are of this kind."""
+    made = kind_made(kind, options)
+    # Losses on lists learn from pairs too, as lists of two: those stay as they are.
+    wanted = {"lists": (LISTS, PAIRS), "unpaired": (UNPAIRED,)}.get(options.shape, (made,))
+    if made not in wanted:
+        raise InputError(
+            f"the rows are {kind.rows}, of which no {_ROWS[options.shape]} can be made",
+            file=file,
+            field="shape",
+            mend=f"Leave shape out to load {PAIRS.rows} (a recipe sets it to what its loss learns from)",
+        )
+    for name in ("min_margin", "weights"):
+        value = getattr(options, name)
+        if made != PAIRS and value not in (None, "given"):
+            raise InputError(
+                f"it is for pairs, and these rows are loaded as {made.rows}",
+                file=file,
+                field=name,
+                mend=f"Leave {name} out, or set shape to pairs",
+            )
+    if kind == LISTS and options.weights == "agreement":
+        raise InputError(
+            "agreement is of votes, and the rows are ranked lists",
+            file=file,
+            field="weights",
+            mend="Set weights to margin, or leave it out",
+        )
 
 
 def kind_made(kind: Kind, options: LoadOptions) -> Kind:
@@ -31,17 +63,19 @@ def made_of(row: Row, kind: Kind, options: LoadOptions) -> tuple[list[Row], list
     Raises `BadRow` where the options ask for what the row has not: a margin, or one that can be a weight.
 
     `row` is canonical; a pair may have `preference`, the share of the votes for its chosen reply in
-    [0.5, 1]; a list has `ranks` beside its scores where it came with ranks alone.
+    [0.5, 1]; a list has `ranks` beside its scores where it came with ranks alone. The rows are the caller's
+    to change; the given one is among them where there is nothing to choose.
     """
-    if kind == LISTS and options.shape == "lists":
+    is_list = kind == LISTS
+    if is_list and options.shape == "lists":
         if len(set(row["scores"])) < 2:
             return [], ["all_tied"]
         return [{name: value for name, value in row.items() if name != "ranks"}], []
-    if kind not in (LISTS, PAIRS):
+    if not is_list and not (_is_weighed(row, options) and kind == PAIRS):
         return [row], []
     made: list[Row] = []
     left_out = []
-    for pair in _candidates(row, options) if kind == LISTS else [row]:
+    for pair in _candidates(row, options) if is_list else [row]:
         share = pair.get("preference", 1.0)
         if pair["chosen"] == pair["rejected"]:
             left_out.append("same_reply_in_list")
@@ -52,6 +86,11 @@ def made_of(row: Row, kind: Kind, options: LoadOptions) -> tuple[list[Row], list
         else:
             made += _weighted(pair, share, options)
     return made, left_out
+
+
+def _is_weighed(pair: Row, options: LoadOptions) -> bool:
+    """Whether something must be asked of a pair before it is loaded as it is."""
+    return "preference" in pair or options.min_margin is not None or options.weights != "given"
 
 
 def _weighted(pair: Row, share: float, options: LoadOptions) -> Iterator[Row]:
@@ -66,13 +105,19 @@ def _weighted(pair: Row, share: float, options: LoadOptions) -> Iterator[Row]:
                 mend="Exchange the replies, set min_margin to 0 to leave such pairs out, or set no weights",
             )
     elif share != 0.5 and options.weights == "agreement":
+        if "preference" not in pair:
+            raise BadRow(
+                "agreement is of votes, and the row has none",
+                field="weights",
+                mend="Leave weights out, or set it to margin",
+            )
         factor = 2 * share - 1
     both = share == 0.5 or (options.votes == "share" and share < 1)
     plain = {name: value for name, value in pair.items() if name != "preference"}
     if factor == 1.0 and not both:
         yield plain
         return
-    weight = plain.get("weight", 1.0) * factor
+    weight = finite(plain.get("weight", 1.0) * factor, "weight")
     yield {**plain, "weight": weight * share if both else weight}
     if both:
         yield {**turned(plain), "weight": weight * (1 - share)}
@@ -123,7 +168,7 @@ def _candidates(row: Row, options: LoadOptions) -> list[Row]:
     for i, j in places:
         pair = {**common, "chosen": replies[i], "rejected": replies[j]}
         if ranks is None:
-            pair["margin"] = scores[i] - scores[j]
+            pair["margin"] = finite(scores[i] - scores[j], "scores")
         else:
             pair |= {"chosen_rank": ranks[i], "rejected_rank": ranks[j]}
         if scores[i] == scores[j]:

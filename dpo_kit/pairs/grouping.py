@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dpo_kit.errors import InputError
 from dpo_kit.pairs.choosing import prompt_digest
 from dpo_kit.pairs.kinds import SCORED, UNPAIRED, Kind
 from dpo_kit.pairs.options import LoadOptions
@@ -26,15 +27,20 @@ def is_grouped(kind: Kind, options: LoadOptions) -> bool:
 def group_by_prompt(rows: Iterable[Placed], kind: Kind, report: PairsReport) -> Iterator[Placed]:
     """Canonical rows of one reply, and where they stand -> ranked lists, in the order of their prompts.
 
-    What else a list says (tools, weight, ...) is what its first row says. A prompt with one reply only is
-    accounted for and left out.
+    A prompt is another with other tools or variables of the template. A list's weight is that of its rows,
+    which must be the same; its `prompt_id` is the first row's. A prompt with one reply only is accounted for
+    and left out. Raises `InputError`, or accounts for it where the report goes on.
     """
     assert kind.judgement is not None
-    groups: dict[str, list[Placed]] = {}
+    groups: dict[tuple[str | None, ...], list[Placed]] = {}
     for row, places in rows:
-        groups.setdefault(prompt_digest(row["prompt"]), []).append((row, places))
+        beside = (row.get(name) for name in ("tools", "chat_template_kwargs"))
+        groups.setdefault((prompt_digest(row["prompt"]), *beside), []).append((row, places))
     for members in groups.values():
         places = [place for _, own in members for place in own]
+        if odd := _other_weight(members):
+            report.meet(odd, places[0])
+            continue
         replies = [row["completion"] for row, _ in members]
         if all(reply == replies[0] for reply in replies):
             report.leave_out("nothing_to_compare", places[0])
@@ -43,3 +49,17 @@ def group_by_prompt(rows: Iterable[Placed], kind: Kind, report: PairsReport) -> 
         scores = [float(row[kind.judgement]) for row, _ in members]
         prompt = members[0][0]["prompt"]
         yield {**first, "prompt": prompt, "completions": replies, "scores": scores}, places
+
+
+def _other_weight(members: list[Placed]) -> InputError | None:
+    """What is wrong where the replies of a prompt have more than one weight."""
+    weight = members[0][0].get("weight", 1.0)
+    for row, places in members:
+        if row.get("weight", 1.0) != weight:
+            return places[0].error(
+                f"the reply has another weight than the first of its prompt ({members[0][1][0]}), "
+                "and a list has one",
+                field="weight",
+                mend="Give all replies of a prompt one weight",
+            )
+    return None

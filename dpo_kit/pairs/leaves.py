@@ -1,4 +1,5 @@
-"""The texts in a message or any JSON value: changed one by one, marked, and looked for in a rendered text.
+"""The texts in a message or any JSON value: changed one by one, marked, and looked for in a rendered text;
+and the thought within a content.
 
 Knows nothing of templates: that is `chat`'s.
 """
@@ -6,10 +7,12 @@ Knows nothing of templates: that is `chat`'s.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
 THINK, THOUGHT = "<think>", "</think>"
+_TAGS = re.compile(f"({THINK}|{THOUGHT})")
 
 # What ties messages and calls together and is nothing that is said; most templates do not write it.
 WIRING = frozenset(("role", "id", "type", "index", "tool_call_id"))
@@ -71,3 +74,31 @@ def holds(text: str, leaf: str) -> bool:
     as_json = json.dumps(bare, ensure_ascii=False)
     forms = (as_json, json.dumps(bare), json.dumps(as_json[1:-1], ensure_ascii=False), repr(bare))
     return any(form[1:-1] in text for form in forms)
+
+
+def says(text: str, content: str) -> bool:
+    """Whether the text has the content, whatever white space is at its edges and around its reasoning's tags.
+
+    The tag that opens a reasoning at the beginning may be missing.
+    """
+    if content.strip() in text:
+        return True
+    if THOUGHT not in content:
+        return False
+    # Words and tags in turns.
+    has, wants = _TAGS.split(text), [part.strip() for part in _TAGS.split(content)]
+    if THINK not in text and wants[:2] == ["", THINK]:
+        del wants[:2]
+    starts = range(0, len(has) - len(wants) + 1, 2)
+    return any(all(want in part for want, part in zip(wants, has[at:], strict=False)) for at in starts)
+
+
+def joined(prompt: str, before: str, content: str) -> str:
+    """Content after what stands between it and the prompt, with its reasoning opened once only."""
+    if THOUGHT in content and THOUGHT in before:
+        before = ""
+    opened = prompt + before
+    if opened.rstrip().endswith(THINK) and content.lstrip().startswith(THINK):
+        space = opened[len(opened.rstrip()) :]
+        content = content.lstrip().removeprefix(THINK).removeprefix(space)
+    return before + content

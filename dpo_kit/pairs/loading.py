@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.arrow_rows import record_batches
-from dpo_kit.pairs.choosing import kind_made, made_of
+from dpo_kit.pairs.choosing import kind_made, made_of, require_effect
 from dpo_kit.pairs.formats import FORMATS, Format, detected_format, is_own, named_format
 from dpo_kit.pairs.formats.mapping import mapping_format
 from dpo_kit.pairs.grouping import Placed, group_by_prompt, is_grouped
 from dpo_kit.pairs.kinds import LISTS, Kind
+from dpo_kit.pairs.lost import LostColumns
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.reading import RawRow
 from dpo_kit.pairs.row_cache import file_of_rows, kept_rows, store_rows
-from dpo_kit.pairs.schema import BadRow, UnusablePair
-from dpo_kit.pairs.sources import HUB, Source, find_sources
+from dpo_kit.pairs.schema import BadRow, UnusablePair, printable
+from dpo_kit.pairs.sources import HUB, Source, find_sources, remarks_on
 from dpo_kit.pairs.tally import PairsReport, SourceReport
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> 
     known = not any(source.name.startswith(HUB) for source in found) and not _may_be_own(options)
     file = file_of_rows([source.name for source in found], options) if known else None
     if file and (kept := kept_rows(file)):
-        kept[1].ignored = ignored
+        kept[1].ignored, kept[1].remarks = ignored, remarks_on(sources)
         _settle(kept[1], options)
         return kept
     report = PairsReport()
@@ -115,12 +116,16 @@ def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> 
     """
     forced = _forced_format(options)
     found, report.ignored = find_sources(sources)
+    report.remarks = remarks_on(sources)
     first: dict[str, Any] | None = None
+    is_text = False
     for source in found:
         for row, kind in _rows_of_source(source, forced, options, report):
             if first is None:
                 first, report.kind = row, kind
-            _require_alike(first, report.kind, row, kind, source)
+                is_text = isinstance(row["prompt"], str)
+            elif kind is not report.kind or isinstance(row["prompt"], str) != is_text:
+                _require_alike(first, report.kind, row, kind, source)
             yield row
 
 
@@ -157,11 +162,12 @@ def usable_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> 
 
 
 def _settle(report: PairsReport, options: LoadOptions) -> None:
-    if not report.problems:
-        return
-    if not report.made or (options.invalid == "error" and report.unusable):
-        raise report.as_error(dropped=options.invalid == "drop")
-    _log.warning("left out: %s", report.left_out())
+    if report.problems:
+        if not report.made or (options.invalid == "error" and report.unusable):
+            raise report.as_error(dropped=options.invalid == "drop")
+        _log.warning("left out: %s", report.left_out())
+    if said := report.worth_knowing():
+        _log.warning("%s", "; ".join(said))
 
 
 def _rows_of_source(
@@ -173,26 +179,34 @@ def _rows_of_source(
     first = next(raw, None)
     if first is None:
         raise InputError("there is no row in it", file=source.name)
-    if isinstance(first[0], InputError):
-        raise first[0]
+    while isinstance(first[0], InputError):
+        account.read += 1
+        report.meet(first[0], first[1])  # which raises, where the report does not go on
+        if (first := next(raw, None)) is None:
+            return
     form = form or detected_format(first[0], first[1])
     account.format = form.name
-    checked, kind = _checked(chain((first,), raw), form, options, report), form.kind
+    rows = chain((first,), raw)
+    gathered = form.gather(rows) if form.gather else rows
+    checked, kind = _checked(gathered, form, options, report), form.kind
     if is_grouped(kind, options):
         checked, kind = group_by_prompt(checked, kind, report), LISTS
-    kept = None
+    require_effect(kind, options, source.name)
+    kept, as_kind = None, kind_made(kind, options)
     for row, places in checked:
         try:
             made, left_out = made_of(row, kind, options)
         except BadRow as bad:
-            raise places[0].error(bad.message, field=bad.field, mend=bad.mend) from bad
+            report.meet(places[0].error(bad.message, field=bad.field, mend=bad.mend), places[0])
+            continue
         for problem in left_out:
             report.leave_out(problem, places[0])
         if made and places != kept:
             account.kept, kept = account.kept + len(places), places
         account.made += len(made)
         for each in made:
-            yield {**each, "source": str(places[0])}, kind_made(kind, options)
+            each["source"] = printable(str(places[0]))
+            yield each, as_kind
 
 
 def _checked(
@@ -201,20 +215,28 @@ def _checked(
     """Rows as they lie on disk -> what is canonical in them, and where it stands."""
     account = report.sources[-1]
     convert = form.adapter(options.judgement)
-    columns: dict[str, None] = {}
+    columns: set[str] = set()
+    lost, watched = LostColumns(form), []
     for row, place in rows:
         account.read += 1
         if isinstance(row, InputError):
             report.meet(row, place)
             continue
-        columns.update(dict.fromkeys(row))
+        if not columns.issuperset(row):
+            columns.update(row)
+            watched = lost.watched(columns)
+        looked = not watched
         try:
             for part in form.canonical(row, convert):
                 if isinstance(part, UnusablePair):
                     report.leave_out(part.kind, place, part.field, part.message)
-                else:
-                    yield part, [place]
+                    continue
+                if not looked:
+                    lost.look_at(row, watched, part)
+                    looked = True
+                yield part, [place]
         except BadRow as bad:
             error = place.error(f"{bad.message} [format {form.name}]", field=bad.field, mend=bad.mend)
             report.meet(error, place)
     account.unused_columns = form.unused(columns)
+    account.lost_columns = lost.rows

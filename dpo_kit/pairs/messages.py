@@ -23,6 +23,8 @@ from dpo_kit.pairs.schema import (
 )
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
+# What a message's role may be called, and which of `ROLES` it is: also Llama 3's and OpenAI's old names.
+_NAMES_OF_ROLES = {**{role: role for role in ROLES}, "ipython": "tool", "function": "tool"}
 # Read by the templates of Qwen3, GLM, DeepSeek and Nemotron (reasoning_content), gpt-oss (thinking), Gemma 4
 # (reasoning, tool_responses), Cohere (tool_plan), Mistral (tool_call_id), Kimi (name), and most (tool_calls).
 TEXT_EXTRAS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tool_plan")
@@ -177,12 +179,17 @@ def _checked_message(message: Any, field: str) -> dict[str, Any]:
     for key in ("role", "content"):
         if key not in message and (key == "role" or SAYING.isdisjoint(extras)):
             raise BadRow("the message has no such key", field=f"{field}.{key}")
-    role, content = message["role"], message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        found = f"'{role}'" if isinstance(role, str) else kind_of(role)
-        raise BadRow(f"unknown role {found}", field=f"{field}.role", mend=f"Known roles: {', '.join(ROLES)}")
+    role, content = known_role(message["role"], _NAMES_OF_ROLES, f"{field}.role"), message.get("content")
     extras = {key: _checked_extra(key, value, f"{field}.{key}") for key, value in extras.items()}
     return {"role": role, "content": _checked_content(content, extras, f"{field}.content"), **extras}
+
+
+def known_role(role: Any, known: Mapping[str, str], field: str) -> str:
+    """What the role is called here; raises `BadRow` for one that is not among the known."""
+    if not isinstance(role, str) or role not in known:
+        found = f"'{role}'" if isinstance(role, str) else kind_of(role)
+        raise BadRow(f"unknown role {found}", field=field, mend=f"Known roles: {', '.join(known)}")
+    return known[role]
 
 
 def _checked_content(content: Any, extras: Mapping[str, Any], field: str) -> str | list | None:

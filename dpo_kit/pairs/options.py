@@ -38,10 +38,11 @@ class LoadOptions:
         invalid: rows that are well formed but unusable (`schema.KINDS`): `error` stops with one error that
             counts them all, `drop` leaves them out, counted.
         shape: what is made: `pairs` (of ranked lists by `pairs`; of labelled replies where a prompt has good
-            and bad ones), `lists` (of labelled replies and rankings, as they are), `unpaired`, or `auto`:
-            pairs, but labelled replies stay unpaired.
+            and bad ones), `lists` (of rankings, and of labelled replies; pairs stay pairs), `unpaired`, or
+            `auto`: pairs, but labelled replies stay unpaired.
         pairs: of a ranked list: `all` pairs, the `best_worst` alone, `adjacent` ranks, or `random:k` of all.
-        ties: `drop` leaves them out, counted; `half` makes a pair each way, each of half the weight.
+        ties: `drop` leaves them out, counted; `half` makes a pair each way, each of half the weight,
+            whatever `min_margin` is.
         votes: where several people or a probability judged: the `majority`'s pair, or a pair each way
             weighted by its `share` of the votes.
         min_margin: least difference of scores (of ranks, where there are only ranks; of shares of votes,

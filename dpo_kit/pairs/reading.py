@@ -1,36 +1,29 @@
 """One file -> its rows, each a dict with its place, in the order of the file.
 
-JSON lines and CSV are read as a stream, parquet and arrow by batches; a JSON document is held whole.
+JSON and CSV are read as a stream, parquet and arrow by batches (of JSON documents see `json_rows`).
 Everything is strict: UTF-8, JSON without duplicate keys, CSV rows as long as the header; whatever is not
 becomes an `InputError` with file and line. What the rows mean is the business of `formats`.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Generator, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.schema import NUMBERS, Place, kind_of
-
-# A line of JSON that cannot be read is given as its error, so that an audit can go on behind it.
-RawRow = tuple[dict[str, Any] | InputError, Place]
-Line = tuple[int, str]
+from dpo_kit.pairs.json_rows import WINDOW, Line, RawRow, row_of_line, rows_of_document
+from dpo_kit.pairs.schema import NUMBERS, Place
 
 COMPRESSIONS = (".gz", ".zst")
 BATCH_ROWS = 1000
 _LABELS = {"true": True, "false": False, "1": True, "0": False}
-_WHITE = re.compile(r"[ \t\r\n]*")
-_ONE_A_LINE = "Each line must hold one JSON object; where the file is one JSON document, name it .json"
-_LIST_OF_ROWS = "A .json file holds a list of rows, an object with one such list, or one row on each line"
 
 
 def rows_of_file(path: str) -> Iterator[RawRow]:
@@ -71,106 +64,51 @@ def _open(path: str) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def _lines(path: str) -> Iterator[Line]:
-    """The lines with their numbers from 1 and their line ends; only `\\n` ends a line."""
-    number = 0
+def _lines(path: str, longest: int = -1) -> Iterator[Line]:
+    """The lines with their numbers from 1 and their line ends; only `\\n` ends a line.
+
+    A line of more bytes than `longest`, where that is given, comes in several parts.
+    """
+    number, given, rest = 1, 0, b""  # the line, its bytes that were given out, and half a character of it
     try:
         with _open(path) as stream:
-            for raw in stream:
-                number += 1
+            while (raw := stream.readline(longest)) or rest:
+                ended = raw.endswith(b"\n")
+                whole = longest < 0 or ended or len(raw) < longest
+                raw = rest + raw
                 try:
-                    text = raw.decode("utf-8")
+                    text, used = codecs.utf_8_decode(raw, "strict", whole)
                 except UnicodeDecodeError as error:
                     raise InputError(
-                        f"byte {error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8",
+                        f"byte {given + error.start + 1} of the line (0x{raw[error.start]:02x}) is not UTF-8",
                         file=path,
                         line=number,
                         mend="Save the file as UTF-8",
                     ) from None
-                yield number, text.removeprefix("\ufeff") if number == 1 else text
+                yield number, text.removeprefix("\ufeff") if number == 1 and not given else text
+                if ended:
+                    number, given, rest = number + 1, 0, b""
+                else:
+                    given, rest = given + used, raw[used:]
     except (EOFError, OSError, zlib.error) as error:
         if isinstance(error, EOFError) or "Truncated" in str(error):
-            problem, mend = f"the compressed file is cut off after line {number}", "Fetch or pack it again"
+            problem = f"the compressed file is cut off after line {number - 1}"
+            mend: str | None = "Fetch or pack it again"
         else:
             problem, mend = f"cannot be read: {getattr(error, 'strerror', None) or error}", None
         raise InputError(problem, file=path, mend=mend) from None
 
 
 def _filled_lines(path: str) -> Iterator[Line]:
-    return (line for line in _lines(path) if line[1].strip())
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _DuplicateKeyError(twice)
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _decoded(path: str, text: str, at: int, line: int, *, alone: bool = False) -> tuple[Any, int]:
-    """The JSON value at an offset of the text, and the offset behind it.
-
-    `line` is where in the file the value begins; `alone` says that the text is that line and no more.
-    """
-    try:
-        return _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _broken(path, error, line if alone else None) from None
-    except _DuplicateKeyError as error:
-        raise InputError(
-            "the key is twice in one JSON object", file=path, line=line, field=str(error)
-        ) from None
-    except RecursionError:
-        raise InputError("the JSON is nested too deeply to be read", file=path, line=line) from None
-    except ValueError as error:  # an integer of thousands of digits
-        raise InputError(f"the JSON cannot be read: {error}", file=path, line=line) from None
-
-
-def _broken(path: str, error: json.JSONDecodeError, line: int | None = None) -> InputError:
-    """`line` is given where the text that the error speaks of is that one line of the file."""
-    return InputError(
-        f"broken JSON: {error.msg} at column {error.colno}",
-        file=path,
-        line=error.lineno if line is None else line,
-        mend=None if line is None else _ONE_A_LINE,
-    )
-
-
-def _check_row(path: str, value: Any, line: int, mend: str) -> None:
-    if not isinstance(value, dict):
-        raise InputError(
-            f"a row must be a JSON object, found {kind_of(value)}", file=path, line=line, mend=mend
-        )
-
-
-def _skip_white(text: str, at: int) -> int:
-    return _WHITE.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string too
+    return (line for line in _lines(path) if line[1] and not line[1].isspace())
 
 
 def _rows_of_lines(path: str, lines: Iterator[Line]) -> Iterator[RawRow]:
     for number, line in lines:
         try:
-            yield _row_of_line(path, number, line.rstrip("\r\n")), Place(path, number)
+            yield row_of_line(path, number, line.rstrip("\r\n")), Place(path, number)
         except InputError as error:
             yield error, Place(path, number)
-
-
-def _row_of_line(path: str, number: int, text: str) -> dict[str, Any]:
-    value, end = _decoded(path, text, _skip_white(text, 0), number, alone=True)
-    end = _skip_white(text, end)
-    if end < len(text):
-        raise _broken(path, json.JSONDecodeError("Extra data", text, end), number)
-    _check_row(path, value, number, _ONE_A_LINE)
-    return value
 
 
 def _json_lines(path: str) -> Iterator[RawRow]:
@@ -179,18 +117,19 @@ def _json_lines(path: str) -> Iterator[RawRow]:
 
 def _json(path: str) -> Iterator[RawRow]:
     """A .json file: JSON lines where its first line is a whole object and more follow, else a document."""
-    lines = _lines(path)
-    start = next((line for line in lines if line[1].strip()), None)
+    start = next((line for line in _lines(path, WINDOW) if line[1].strip()), None)
     if start is None:
         return
-    if _is_object(start[1]):
-        more = next((line for line in lines if line[1].strip()), None)
-        if more is not None:
-            yield from _rows_of_lines(path, chain((start, more), (line for line in lines if line[1].strip())))
-            return
-    # The blank lines before the start are put back, so that every line keeps its number.
-    text = "".join(chain("\n" * (start[0] - 1), (start[1],), (text for _, text in lines)))
-    yield from _rows_of_document(path, text)
+    if start[1].startswith("{") and _is_lines(path):
+        yield from _json_lines(path)
+        return
+    parts = (text for number, text in _lines(path, WINDOW) if number >= start[0])
+    yield from rows_of_document(path, parts, start[0])
+
+
+def _is_lines(path: str) -> bool:
+    lines = _filled_lines(path)
+    return _is_object(next(lines)[1]) and next(lines, None) is not None
 
 
 def _is_object(line: str) -> bool:
@@ -201,75 +140,6 @@ def _is_object(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _rows_of_document(path: str, text: str) -> Iterator[RawRow]:
-    start = _skip_white(text, 0)
-    line = text.count("\n", 0, start) + 1
-    if text[start] == "[":
-        end = yield from _elements(path, text, start)
-        if _skip_white(text, end) < len(text):
-            raise _broken(path, json.JSONDecodeError("Extra data", text, _skip_white(text, end)))
-        return
-    document, end = _decoded(path, text, start, line)
-    end = _skip_white(text, end)
-    if end < len(text):
-        raise _broken(path, json.JSONDecodeError("Extra data", text, end))
-    _check_row(path, document, line, _LIST_OF_ROWS)
-    lists = [key for key, value in document.items() if _is_rows(value)]
-    if len(lists) > 1:
-        raise InputError(
-            f"several fields hold a list of objects: {', '.join(lists)}",
-            file=path,
-            line=line,
-            mend="Leave the one that holds the rows",
-        )
-    if lists:
-        yield from _elements(path, text, _value_offset(text, start, lists[0]))
-    elif list(document.values()) != [[]]:
-        yield document, Place(path, line)
-
-
-def _is_rows(value: Any) -> bool:
-    """Whether a field holds rows: a list of objects that are not the turns of a conversation."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and not item.keys() & {"role", "from"} for item in value)
-    )
-
-
-def _value_offset(text: str, at: int, key: str) -> int:
-    """Where the key's value begins in the (valid) JSON object that begins at `at`."""
-    at = _skip_white(text, at + 1)
-    while True:
-        name, at = _DECODER.raw_decode(text, at)
-        at = _skip_white(text, _skip_white(text, at) + 1)
-        if name == key:
-            return at
-        _, at = _DECODER.raw_decode(text, at)
-        at = _skip_white(text, _skip_white(text, at) + 1)
-
-
-def _elements(path: str, text: str, at: int) -> Generator[RawRow, None, int]:
-    """The rows of the JSON list that begins at `at`, one at a time; returns the offset behind it."""
-    line, counted, number = 1, 0, 0
-    at = _skip_white(text, at + 1)
-    if text[at : at + 1] == "]":
-        return at + 1
-    while True:
-        line, counted = line + text.count("\n", counted, at), at
-        value, at = _decoded(path, text, at, line)
-        _check_row(path, value, line, _LIST_OF_ROWS)
-        number += 1
-        yield value, Place(path, line, number)
-        at = _skip_white(text, at)
-        mark = text[at : at + 1]
-        if mark == "]":
-            return at + 1
-        if mark != ",":
-            raise _broken(path, json.JSONDecodeError("Expecting ',' delimiter", text, at))
-        at = _skip_white(text, at + 1)
 
 
 def _csv(path: str) -> Iterator[RawRow]:
@@ -305,7 +175,10 @@ def _checked_header(path: str, names: list[str], line: int) -> list[str]:
     for i, name in enumerate(names):
         if not name.strip() or name in names[:i]:
             problem = f"the column '{name}' is there twice" if name.strip() else f"column {i + 1} has no name"
-            raise InputError(problem, file=path, line=line, mend="The first line holds the columns' names")
+            mend = "The first line holds the columns' names"
+            if not name.strip() and i == 0:
+                mend += "; is it the index that pandas writes? Then write the file with index=False"
+            raise InputError(problem, file=path, line=line, mend=mend)
     return names
 
 

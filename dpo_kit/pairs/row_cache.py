@@ -96,7 +96,7 @@ def store_rows(
             atexit.register(shutil.rmtree, making, ignore_errors=True)
             return _mapped(rows, absent)
         kept = {"digest": _digest(rows), "absent": absent, "report": report.to_state()}
-        (making / "rows.json").write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+        (making / "rows.json").write_text(json.dumps(kept), encoding="utf-8")
         os.replace(rows, file)
         os.replace(making / "rows.json", file.with_suffix(".json"))
     except BaseException:

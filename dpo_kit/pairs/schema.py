@@ -20,6 +20,7 @@ from dpo_kit.pairs.kinds import PAIRS, RANKS, Kind
 SCORES = ("score_chosen", "score_rejected")
 NUMBERS = ("margin", "weight", *SCORES)
 DEEPEST = 100  # levels of a JSON value in a message or in tools
+_LARGEST_RANK = 2**63 - 1
 _OPTIONAL = frozenset((*PAIRS.extras, *SCORES))
 
 # What apply_chat_template takes beside a template's own variables, and a row must not set.
@@ -53,6 +54,16 @@ KINDS = {
     "identical": ProblemKind("chosen and rejected are the same", "Take the row out: it prefers nothing"),
     "prompts_differ": ProblemKind(
         "the replies do not answer the same prompt", "Make the conversations equal up to the reply"
+    ),
+    "prompt_holds_reply": ProblemKind(
+        "the prompt ends with one of the replies", "End the prompt before the reply"
+    ),
+    "reply_repeats_prompt": ProblemKind(
+        "each reply begins with the whole prompt", "Take the prompt out of the replies"
+    ),
+    "messages_as_text": ProblemKind(
+        "a list of messages is written as one text",
+        "Write messages as lists, in jsonl or parquet: CSV holds text only",
     ),
     "reply_not_one_assistant_message": ProblemKind(
         "the reply is not exactly one assistant message",
@@ -144,6 +155,11 @@ def checked_text(value: Any, field: str) -> str:
     return value
 
 
+def printable(text: str) -> str:
+    """The text with halves of surrogate pairs by their number, which a file's name that is no UTF-8 has."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def filled_extras(message: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
     """What a message says beyond the known keys; null and empty values say nothing."""
     if len(message) == len(known):
@@ -203,7 +219,7 @@ def checked_extras(row: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
         extras["prompt_id"] = str(identity) if number else checked_text(identity, "prompt_id")
     tools = row.get("tools")
     if tools is not None and tools != "":
-        extras["tools"] = _tools(tools)
+        extras["tools"] = json_text(checked_tools(tools), "tools")
     kwargs = row.get("chat_template_kwargs")
     if kwargs is not None and kwargs != "" and (checked := template_kwargs(kwargs)):
         extras["chat_template_kwargs"] = json_text(checked, "chat_template_kwargs")
@@ -254,6 +270,8 @@ def checked_rank(rank: Any, field: str) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         found = str(rank) if isinstance(rank, float | int) else kind_of(rank)
         raise BadRow(f"expected a rank, found {found}", field=field, mend="Count ranks from 1, the best")
+    if rank > _LARGEST_RANK:
+        raise BadRow("the rank is larger than 64 bits hold", field=field, mend="Count ranks from 1, the best")
     return rank
 
 
@@ -270,15 +288,25 @@ def finite(value: Any, field: str) -> float:
     return number
 
 
-def _tools(value: Any) -> str:
-    """Tool descriptions as JSON text, which is how a column can hold any of them."""
-    if isinstance(value, list):
-        return json_text(value, "tools")
-    text = checked_text(value, "tools")
-    with suppress(BadRow):
-        if isinstance(parsed_json(text, "tools"), list):
-            return text
-    raise BadRow("expected a list of tool descriptions, or one as JSON text", field="tools")
+def checked_tools(value: Any) -> list:
+    """Tool descriptions, from a list of objects or of JSON texts of them, or the whole as JSON text.
+
+    Raises `BadRow`.
+    """
+    found = value if isinstance(value, list) else None
+    if found is None:
+        text = checked_text(value, "tools")
+        with suppress(BadRow):
+            found = parsed_json(text, "tools")
+    if not isinstance(found, list):
+        raise BadRow("expected a list of tool descriptions, or one as JSON text", field="tools")
+    tools = [
+        json_object(tool, f"tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(found)
+    ]
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise BadRow(f"expected a tool's description, found {kind_of(tool)}", field=f"tools[{i}]")
+    return tools
 
 
 def template_kwargs(value: Any, field: str = "chat_template_kwargs") -> dict[str, Any]:

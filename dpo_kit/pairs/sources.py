@@ -21,6 +21,7 @@ from typing import Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs import catalogue
+from dpo_kit.pairs.mixed_splits import mixed_splits
 from dpo_kit.pairs.reading import BATCH_ROWS, RawRow, rows_of_file, supported, supported_names
 from dpo_kit.pairs.schema import Place
 
@@ -60,6 +61,16 @@ def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Sourc
         for path in _files(str(source), ignored):
             found.append(Source(path, lambda path=path: rows_of_file(path)))  # type: ignore[misc]
     return found, ignored
+
+
+def remarks_on(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    """What is to be known of sources that `find_sources` finds: training and held-out data as one set."""
+    remarks = []
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        path = os.path.expanduser(str(source))
+        if not (_listed(source) or path.startswith(HUB) or os.path.isfile(path)):
+            remarks.append(mixed_splits(str(source), _files(str(source), [])))
+    return [remark for remark in remarks if remark]
 
 
 def _listed(source: str | Path) -> str | None:

@@ -16,6 +16,9 @@ import numpy as np
 from dpo_kit.pairs.kinds import LISTS, PAIRS, Kind
 from dpo_kit.pairs.schema import plain_text
 
+# Columns that a chat template reads beside the prompt: under others it is another prompt.
+CONTEXT = ("tools", "chat_template_kwargs")
+
 _BINS = 32
 
 
@@ -128,8 +131,8 @@ class Gatherer:
         self._prompt_lengths.append(len(plain_text(row["prompt"])))
         self._reply_lengths.append([len(plain_text(reply)) for reply in kind.parts(row).values()])
         self._judgements.append(row[kind.judgement] if kind.judgement else None)
-        self._prompts.add(_digest(row["prompt"]))
-        self._seen.add(_digest([row[name] for name in kind.columns]))
+        self._prompts.add(_digest([row.get(name) for name in ("prompt", *CONTEXT)]))
+        self._seen.add(_digest([row.get(name) for name in (*kind.columns, *CONTEXT)]))
 
     def statistics(self, kind: Kind | None) -> Statistics | None:
         """Of all rows added; None where there is none."""

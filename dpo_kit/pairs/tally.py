@@ -35,7 +35,11 @@ class Problem:
 
 @dataclass(slots=True)
 class SourceReport:
-    """One file or hub split: rows read, those that something was made of, what was made, unused columns."""
+    """One file or hub split: rows read, those that something was made of, what was made, unused columns.
+
+    `lost_columns`: those of the unused that look like part of the prompt (`lost.PROMPT_LIKE`), each with the
+    number of rows in which it says what the prompt does not.
+    """
 
     file: str
     format: str
@@ -43,6 +47,7 @@ class SourceReport:
     kept: int = 0
     made: int = 0
     unused_columns: list[str] = field(default_factory=list)
+    lost_columns: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -57,6 +62,7 @@ class PairsReport:
     sources: list[SourceReport] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # files passed over in folders and globs
+    remarks: list[str] = field(default_factory=list)  # on the sources, which drop nothing
     kind: Kind | None = None  # of the rows kept; None where there is none
     statistics: Statistics | None = None
 
@@ -110,6 +116,7 @@ class PairsReport:
             "sources": [asdict(source) for source in self.sources],
             "problems": [problem.to_dict() for problem in self.problems],
             "ignored": list(self.ignored),
+            "remarks": list(self.remarks),
             "statistics": asdict(self.statistics) if self.statistics else None,
         }
 
@@ -120,6 +127,7 @@ class PairsReport:
             "sources": [asdict(source) for source in self.sources],
             "problems": [asdict(problem) for problem in self.problems],
             "ignored": self.ignored,
+            "remarks": self.remarks,
         }
 
     @classmethod
@@ -132,6 +140,7 @@ class PairsReport:
                 Problem(**{**problem, "place": Place(**problem["place"])}) for problem in state["problems"]
             ],
             ignored=state["ignored"],
+            remarks=state["remarks"],
             kind=kinds[state["kind"]] if state["kind"] else None,
         )
 
@@ -155,6 +164,15 @@ class PairsReport:
         lines = [f"{rows} of {self.read} rows cannot be used: {unusable}"] if unusable else []
         return ". ".join([*lines, f"Left out by the options: {by_option}"] if by_option else lines)
 
+    def worth_knowing(self) -> list[str]:
+        """The remarks, and for each source what of its prompts may be lost, with the mend."""
+        lost = [(source.file, lost_in_words(source)) for source in self.sources if source.lost_columns]
+        mend = (
+            "if the prompt should have it, give a mapping (data.mapping, --map) or put it into the prompt; "
+            "else rename or leave out the column"
+        )
+        return [*self.remarks, *(f"{file}: {words}; {mend}" for file, words in lost)]
+
     def summary(self) -> str:
         """A few readable lines."""
         lines = []
@@ -165,7 +183,10 @@ class PairsReport:
             )
             if source.unused_columns:
                 lines.append(f"  columns not used: {', '.join(source.unused_columns)}")
+            if source.lost_columns:
+                lines.append(f"  {lost_in_words(source)}")
         lines += [f"left out: {words}" for words in self.kinds_in_words()]
+        lines += self.remarks
         if self.ignored:
             lines.append(f"ignored files: {', '.join(self.ignored)}")
         if self.kind:
@@ -184,6 +205,14 @@ class PairsReport:
             field=first.field,
             mend="No row is left" if dropped or not self.unusable else f"Correct the rows, or {mend}",
         )
+
+
+def lost_in_words(source: SourceReport) -> str:
+    """`columns not used that look like part of the prompt: system (2 rows)`."""
+    counts = ", ".join(
+        f"{name} ({rows} {'row' if rows == 1 else 'rows'})" for name, rows in source.lost_columns.items()
+    )
+    return f"columns not used that look like part of the prompt: {counts}"
 
 
 def _places_in_words(places: list[Place]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,18 +38,26 @@ class RowWriter:
         self.path = Path(path).expanduser()
         self.rows = 0
         name = self.path.name.lower()
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.writing")
         if not any(name.endswith(ending) for ending in ENDINGS):
             raise InputError(
                 "it has no ending that is known here", file=path, mend=f"Known: {', '.join(ENDINGS)}"
             )
-        if self.path.is_dir():
-            raise InputError(
-                "this is a folder", file=path, mend=f"Name a file in it: {self.path}/pairs.jsonl"
-            )
-        if not self.path.parent.is_dir():
-            raise InputError("no such folder", file=self.path.parent, mend="Make it first")
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.writing")
-        self._body = _Parquet(self._temporary) if name.endswith(".parquet") else _Json(self._temporary, name)
+        with self._writing():
+            if self.path.is_dir():
+                raise InputError(
+                    "this is a folder", file=path, mend=f"Name a file in it: {self.path}/pairs.jsonl"
+                )
+            if not self.path.parent.is_dir():
+                raise InputError("no such folder", file=self.path.parent, mend="Make it first")
+            try:
+                self._temporary.touch()
+                parquet = name.endswith(".parquet")
+                self._body = _Parquet(self._temporary) if parquet else _Json(self._temporary, name)
+            except BaseException:  # a signal among them
+                with suppress(OSError):
+                    self._temporary.unlink(missing_ok=True)
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -58,20 +67,31 @@ class RowWriter:
         plain = {name: value for name, value in row.items() if value is not None and name != "source"}
         if "source" in row:
             plain[ORIGIN] = row["source"]
-        self._body.write(plain)
+        with self._writing():
+            self._body.write(plain)
         self.rows += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
-                self._body.finish()
-            self._body.close()
-            if kind is None:
-                os.replace(self._temporary, self.path)
+            with self._writing():
+                if kind is None:
+                    self._body.finish()
+                self._body.close()
+                if kind is None:
+                    os.replace(self._temporary, self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Trouble with the file, as one that has no place left, becomes an `InputError`."""
+        try:
+            yield
+        except (OSError, UnicodeEncodeError) as error:
+            problem = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+            raise InputError(problem, file=self.path) from error
 
 
 class _Json:
@@ -88,7 +108,9 @@ class _Json:
 
     def write(self, row: dict[str, Any]) -> None:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        self._stream.write(((self._before if self._empty else self._between) + text).encode())
+        self._stream.write(
+            ((self._before if self._empty else self._between) + text).encode(errors="backslashreplace")
+        )
         self._empty = False
 
     def finish(self) -> None:

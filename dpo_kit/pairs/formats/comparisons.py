@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dpo_kit.pairs.formats.instructions import instruction
-from dpo_kit.pairs.formats.ranked import helpsteer_prompt, number
+from dpo_kit.pairs.formats.ranked import helpsteer_prompt
 from dpo_kit.pairs.formats.registry import Format, Row
-from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, finite, kind_of, need
+from dpo_kit.pairs.formats.values import bounded, number
+from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, kind_of, need
 
 Shares = Mapping[Any, float]
 FIRST_OF_0_1: Shares = {0: 1, 1: 0}
@@ -34,15 +35,6 @@ def share(value: Any, field: str, shares: Shares) -> float:
     found = f"{value!r:.40}" if plain else kind_of(value)
     words = ", ".join(map(repr, shares))
     raise BadRow(f"unknown judgement {found}", field=field, mend=f"Known values: {words}")
-
-
-def bounded(row: Row, field: str, least: float, most: float) -> float:
-    """The field as a number from `least` to `most`, which may be written as text (CSV)."""
-    value = number(need(row, field), field)
-    if value is None or not least <= value <= most:
-        found = kind_of(row[field]) if value is None else f"{value:g}"
-        raise BadRow(f"expected a number from {least:g} to {most:g}, found {found}", field=field)
-    return value
 
 
 def sign_share(difference: float) -> float:
@@ -75,8 +67,8 @@ _by_upvotes = _labelled("history", "human_ref_A", "human_ref_B", "labels", {1: 1
 
 def _shp(row: Row) -> Row:
     pair = _by_upvotes(row)
-    scores = [finite(row[name], name) for name in ("score_A", "score_B") if row.get(name) is not None]
-    return {**pair, "margin": scores[0] - scores[1]} if len(scores) == 2 else pair
+    first, second = (number(row.get(name), name) for name in ("score_A", "score_B"))
+    return pair if first is None or second is None else {**pair, "margin": first - second}
 
 
 def _summaries(row: Row) -> Row:
@@ -110,7 +102,7 @@ def _inside(container: Any, key: str, field: str) -> str:
 
 def _webgpt(row: Row) -> Row:
     """The paper takes scores of 0 for ties and of all others the sign alone; here they are the margin too."""
-    scores = [bounded(row, name, -1, 1) for name in ("score_0", "score_1")]
+    scores = [bounded(row[name], name, -1, 1) for name in ("score_0", "score_1")]
     return {
         "prompt": _inside(row["question"], "full_text", "question"),
         "chosen": row["answer_0"],
@@ -144,7 +136,7 @@ def _alpaca_farm(row: Row) -> Row:
     prompt = instruction(row)
     if row["preference"] is None:
         raise UnusablePair("nothing_to_compare", field="preference")
-    judged = bounded(row, "preference", 0, 2)
+    judged = bounded(row["preference"], "preference", 0, 2)
     if 0 < judged < 1:
         raise BadRow(
             f"unknown judgement {judged:g}",
@@ -166,7 +158,7 @@ def _helpsteer3(row: Row) -> Row:
 
 def _by_strength(prompt: Any, first: Any, second: Any, row: Row, field: str) -> Row:
     """-3: the first is much better, 3: the second is."""
-    strength = bounded(row, field, -3, 3)
+    strength = bounded(row[field], field, -3, 3)
     return {
         "prompt": prompt,
         "chosen": first,
@@ -200,6 +192,15 @@ FORMATS = (
         optional=("score_A", "score_B"),
         prompt_field="history",
         names=_names("human_ref_A", "human_ref_B", "labels"),
+    ),
+    Format(
+        "align_anything",
+        "{question, response_1, response_2, overall_response: 1 or 2, the better} "
+        "(PKU-Alignment/align-anything)",
+        ("question", "response_1", "response_2", "overall_response"),
+        _labelled("question", "response_1", "response_2", "overall_response", {1: 1, 2: 0}),
+        prompt_field="question",
+        names=_names("response_1", "response_2", "overall_response"),
     ),
     Format(
         "summarize_from_feedback",

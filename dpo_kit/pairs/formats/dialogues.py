@@ -5,27 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_kit.pairs.formats.registry import Convert, Format, Row
+from dpo_kit.pairs.formats.turns import SHAREGPT_ROLES, SYSTEM, message_of, taking_system
+from dpo_kit.pairs.formats.values import label
 from dpo_kit.pairs.kinds import UNPAIRED
-from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, filled_extras, kind_of
+from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, kind_of
 
+_SIDES = ("chosen", "rejected")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "developer",
-    # Of a call only its text is known here, and what a template would write for it is not.
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "tool_response": "tool",
-    "tool": "tool",
-}
 
 
 def split_hh(dialogue: str, field: str) -> tuple[str, str]:
@@ -40,7 +26,7 @@ def split_hh(dialogue: str, field: str) -> tuple[str, str]:
 def _not_dialogues(row: Row) -> list[str]:
     return [
         rf"'\n\nHuman:' and '\n\nAssistant:' turns in '{name}'"
-        for name in ("chosen", "rejected")
+        for name in _SIDES
         if name in row and not (isinstance(row[name], str) and HUMAN in row[name] and ASSISTANT in row[name])
     ]
 
@@ -66,75 +52,72 @@ def _sharegpt(turns: str) -> Convert:
     """The adapter of rows with the turns before the reply in this column."""
 
     def convert(row: Row) -> Row:
-        prompt = _sharegpt_prompt(row, turns)
-        return {
-            "prompt": prompt,
-            **{name: _sharegpt_reply(row[name], name) for name in ("chosen", "rejected")},
-        }
+        replies = {name: _reply(row[name], name) for name in _SIDES}
+        return {"prompt": _turns(row[turns], turns), **replies}
 
-    return convert
+    return taking_system(convert)
 
 
 def _sharegpt_kto(row: Row) -> Row:
-    return {"completion": _sharegpt_prompt(row, "conversations"), "label": row["kto_tag"]}
+    whole = _turns(row["conversations"], "conversations")
+    return {"completion": whole, "label": label(row["kto_tag"], "kto_tag")}
 
 
-def _sharegpt_prompt(row: Row, field: str) -> list[dict]:
-    turns = row[field]
+def _turns(turns: Any, field: str) -> list[dict[str, Any]]:
     if not isinstance(turns, list):
         raise BadRow(f"expected a list of turns, found {kind_of(turns)}", field=field)
-    prompt = [_sharegpt_turn(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
-    system = row.get("system")
-    if system is None or not checked_text(system, "system"):
-        return prompt
-    first = {"role": "system", "content": system}
-    if not prompt or prompt[0]["role"] != "system":
-        return [first, *prompt]
-    if prompt[0] != first:
-        raise BadRow("the system text is not that of the conversation's own system turn", field="system")
-    return prompt
+    return [message_of(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
 
 
-def _sharegpt_reply(reply: Any, field: str) -> list[dict]:
+def _reply(reply: Any, field: str) -> list[dict[str, Any]]:
     if isinstance(reply, str):
         return [{"role": "assistant", "content": reply}]
-    if isinstance(reply, dict):
-        return [_sharegpt_turn(reply, field)]
     if isinstance(reply, list):
-        return [_sharegpt_turn(turn, f"{field}[{i}]") for i, turn in enumerate(reply)]
+        return _turns(reply, field)
+    if isinstance(reply, dict):
+        return [message_of(reply, field)]
     raise BadRow(f"expected text or a turn, found {kind_of(reply)}", field=field)
 
 
-def _sharegpt_turn(turn: Any, field: str) -> dict[str, Any]:
-    """{from, value} or {role, content} -> a message, with whatever else the turn says still there."""
-    if not isinstance(turn, dict):
-        raise BadRow(f"expected a turn with from and value, found {kind_of(turn)}", field=field)
-    sharegpt = "from" in turn or "value" in turn
-    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-    if role_key not in turn or (sharegpt and text_key not in turn):
-        missing = role_key if role_key not in turn else text_key
-        raise BadRow("the turn has no such key", field=f"{field}.{missing}")
-    role = turn[role_key]
-    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
-        found = f"'{role}'" if isinstance(role, str) else kind_of(role)
-        known = ", ".join(SHAREGPT_ROLES)
-        raise BadRow(f"unknown role {found}", field=f"{field}.{role_key}", mend=f"Known roles: {known}")
-    if not sharegpt:
-        return {**turn, "role": SHAREGPT_ROLES[role]}
-    extras = filled_extras(turn, (role_key, text_key))
-    if extras.keys() & {"role", "content"}:
-        raise BadRow("the turn has both from and value and role and content", field=field)
-    text = turn[text_key]
-    if text is not None or not extras:
-        checked_text(text, f"{field}.{text_key}")
-    return {**extras, "role": SHAREGPT_ROLES[role], "content": text}
-
-
-def _not_turns(row: Row) -> list[str]:
+def _not_replies(row: Row) -> list[str]:
     """Detection: replies beside the messages, and no prompt; not conversations with a copy of one of them."""
-    lists = [name for name in ("chosen", "rejected") if isinstance(row.get(name), list)]
-    beside = ["a row without 'prompt'"] if "prompt" in row else []
-    return [f"text or one turn in '{name}'" for name in lists] + beside
+    lists = [name for name in _SIDES if isinstance(row.get(name), list)]
+    whole = [name for name in lists if not _is_of_assistant(row[name], 0)]
+    lacks = [f"text or one turn in '{name}'" for name in whole]
+    if lists and _is_of_assistant(row.get("messages"), -1):
+        lacks.append("messages without a reply at their end")
+    return [*lacks, "a row without 'prompt'"] if "prompt" in row else lacks
+
+
+def _not_context(row: Row) -> list[str]:
+    turns = isinstance(row.get("context"), list)
+    lacks = ["a list of turns in 'context'"] if "context" in row and not turns else []
+    return [*lacks, *(f"one turn in '{name}'" for name in _SIDES if not isinstance(row.get(name, {}), dict))]
+
+
+def _is_of_assistant(turns: Any, at: int) -> bool:
+    turn = turns[at] if isinstance(turns, list) and turns else None
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return isinstance(role, str) and SHAREGPT_ROLES.get(role) == "assistant"
+
+
+def _swift(row: Row) -> Row:
+    """The conversation with another last reply is the rejected one."""
+    whole = _turns(row["messages"], "messages")
+    if not _is_of_assistant(whole, -1):
+        raise UnusablePair("reply_not_one_assistant_message", field="messages")
+    return {
+        "prompt": whole[:-1],
+        "chosen": whole[-1:],
+        "rejected": _reply(row["rejected_response"], "rejected_response"),
+    }
+
+
+def _swift_conversations(row: Row) -> Row:
+    return {name: _turns(row[on_disk], on_disk) for name, on_disk in _SWIFT_SIDES.items()}
+
+
+_SWIFT_SIDES = {"chosen": "messages", "rejected": "rejected_messages"}
 
 
 FORMATS = (
@@ -143,7 +126,7 @@ FORMATS = (
         "{conversations: [{from, value}], chosen, rejected} (hiyouga/LLaMA-Factory)",
         ("conversations", "chosen", "rejected"),
         _sharegpt("conversations"),
-        optional=("system",),
+        optional=SYSTEM,
         prompt_field="conversations",
     ),
     Format(
@@ -152,9 +135,37 @@ FORMATS = (
         "format, ranked)",
         ("messages", "chosen", "rejected"),
         _sharegpt("messages"),
-        _not_turns,
-        optional=("system",),
+        _not_replies,
+        optional=SYSTEM,
         prompt_field="messages",
+    ),
+    Format(
+        "swift",
+        "{messages: a whole conversation, rejected_response: text in place of its last reply} "
+        "(modelscope/ms-swift)",
+        ("messages", "rejected_response"),
+        taking_system(_swift),
+        optional=SYSTEM,
+        prompt_field="messages",
+        names={"chosen": "messages", "rejected": "rejected_response"},
+    ),
+    Format(
+        "swift_conversations",
+        "{messages, rejected_messages}: whole conversations, the better and the worse (modelscope/ms-swift)",
+        ("messages", "rejected_messages"),
+        taking_system(_swift_conversations),
+        optional=SYSTEM,
+        names=_SWIFT_SIDES,
+    ),
+    Format(
+        "context_turns",
+        "{context: [{role: human or assistant, text}], chosen: {role, text}, rejected: {role, text}} "
+        "(PKU-Alignment/processed-hh-rlhf)",
+        ("context", "chosen", "rejected"),
+        _sharegpt("context"),
+        _not_context,
+        optional=SYSTEM,
+        prompt_field="context",
     ),
     Format(
         "ultrainteract",
@@ -162,7 +173,7 @@ FORMATS = (
         "(openbmb/UltraInteract_pair)",
         ("trajectory", "chosen", "rejected"),
         _sharegpt("trajectory"),
-        optional=("system",),
+        optional=SYSTEM,
         prompt_field="trajectory",
     ),
     Format(
@@ -170,8 +181,8 @@ FORMATS = (
         "{conversations: [{from, value}], kto_tag: true where the last reply is desirable} "
         "(hiyouga/LLaMA-Factory)",
         ("conversations", "kto_tag"),
-        _sharegpt_kto,
-        optional=("system",),
+        taking_system(_sharegpt_kto),
+        optional=SYSTEM,
         prompt_field="conversations",
         names={"label": "kto_tag"},
         kind=UNPAIRED,

@@ -6,7 +6,7 @@ Only for the words of an error: nothing is ever loaded by a guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Parts of a column's name (between _, -, spaces, dots and capitals), the likelier first.
@@ -55,19 +55,33 @@ def _pair(row: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def _two_sides(row: Mapping[str, Any]) -> dict[str, str] | None:
+    sides = list(_sides(row))
+    if not sides:
+        return None
+    first, second = max(sides, key=lambda names: _nearness_to_replies(row, names))
+    verdict = _named(row, _VERDICT, str, int, float, bool, but=(first, second))
+    if verdict is None:
+        return None
+    found = {"first": _quoted(first), "second": _quoted(second), "preference": _quoted(verdict)}
+    if isinstance(row[verdict], float) and 0 < row[verdict] < 1:
+        return found
+    return {**found, "values.first": "...", "values.second": "..."}
+
+
+def _sides(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Columns whose names differ in the side alone: `text_a` and `text_b`, `model_1` and `model_2`."""
     texts = {tuple(_parts(name)): name for name, value in row.items() if isinstance(value, str | list)}
     for one, other in _SIDES:
         for parts, first in texts.items():
             second = texts.get(tuple(other if part == one else part for part in parts))
             if one in parts and second is not None:
-                verdict = _named(row, _VERDICT, str, int, float, bool)
-                if verdict in (None, first, second):
-                    continue
-                found = {"first": _quoted(first), "second": _quoted(second), "preference": _quoted(verdict)}
-                if isinstance(row[verdict], float) and 0 < row[verdict] < 1:
-                    return found
-                return {**found, "values.first": "...", "values.second": "..."}
-    return None
+                yield first, second
+
+
+def _nearness_to_replies(row: Mapping[str, Any], names: tuple[str, str]) -> tuple[bool, int]:
+    """Larger, the more two columns look like replies: first by their names, then by how long they are."""
+    named = not set(_parts(names[0])).isdisjoint(f"{_REPLY} summary".split())
+    return named, min(len(row[name]) for name in names)
 
 
 def _list(row: Mapping[str, Any]) -> dict[str, str] | None:
@@ -104,9 +118,9 @@ def _unpaired(row: Mapping[str, Any]) -> dict[str, str] | None:
     return found if plain else {**found, "values.good": "...", "values.bad": "..."}
 
 
-def _named(row: Mapping[str, Any], words: str, *types: type) -> str | None:
+def _named(row: Mapping[str, Any], words: str, *types: type, but: Sequence[str] = ()) -> str | None:
     """The column that has the likeliest of these words in its name, and a value of one of the types."""
-    fitting = {name: _parts(name) for name, value in row.items() if type(value) in types}
+    fitting = {name: _parts(name) for name, value in row.items() if type(value) in types and name not in but}
     return next((name for word in words.split() for name, parts in fitting.items() if word in parts), None)
 
 

@@ -11,10 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dpo_kit.pairs.formats.registry import Convert, Format, Row
+from dpo_kit.pairs.formats.turns import SYSTEM, taking_system
+from dpo_kit.pairs.formats.values import label, number
 from dpo_kit.pairs.kinds import UNPAIRED
-from dpo_kit.pairs.schema import BadRow, checked_text, finite, kind_of
+from dpo_kit.pairs.schema import BadRow, checked_text, kind_of
 
-_ALPACA = ("input", "system", "history")
+_TURNS = (*SYSTEM, "history")
+_RATINGS = ("avg_rating", "rating", "reward")
+_RATED = tuple(f"{side}_{rating}" for rating in _RATINGS for side in ("chosen", "rejected"))
 
 
 def instruction(row: Row) -> str:
@@ -24,15 +28,14 @@ def instruction(row: Row) -> str:
     return f"{asked}\n{more}" if more.strip() else asked
 
 
-def _turns(row: Row, asked: str) -> str | list[dict[str, str]]:
-    """The prompt: the text alone, or messages where the row has the column `system` or `history`."""
-    if not {"system", "history"} & row.keys():
+def _after_history(row: Row, asked: str) -> str | list[dict[str, str]]:
+    """The prompt: the text alone, or messages where the row has the column `history`."""
+    if "history" not in row:
         return asked
-    history = row.get("history") or []
+    history = row["history"] or []
     if not isinstance(history, list):
         raise BadRow(f"expected a list of [question, answer], found {kind_of(history)}", field="history")
-    system = "" if row.get("system") is None else checked_text(row["system"], "system")
-    messages = [{"role": "system", "content": system}] if system.strip() else []
+    messages = []
     for i, pair in enumerate(history):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow(f"expected [question, answer], found {kind_of(pair)}", field=f"history[{i}]")
@@ -43,7 +46,7 @@ def _turns(row: Row, asked: str) -> str | list[dict[str, str]]:
 
 def _alpaca(row: Row) -> Row:
     return {
-        "prompt": _turns(row, instruction(row)),
+        "prompt": _after_history(row, instruction(row)),
         "chosen": row["chosen"],
         "rejected": row["rejected"],
     }
@@ -51,25 +54,26 @@ def _alpaca(row: Row) -> Row:
 
 def _alpaca_kto(row: Row) -> Row:
     return {
-        "prompt": _turns(row, instruction(row)),
+        "prompt": _after_history(row, instruction(row)),
         "completion": row["output"],
-        "label": row["kto_tag"],
+        "label": label(row["kto_tag"], "kto_tag"),
     }
 
 
-def _rated(row: Row) -> Row:
-    """Ratings of both replies, where there are any, make a margin."""
-    pair = {
-        "prompt": instruction(row),
-        "chosen": row["chosen_response"],
-        "rejected": row["rejected_response"],
-    }
-    for rating in ("avg_rating", "rating"):
-        names = (f"chosen_{rating}", f"rejected_{rating}")
-        if all(row.get(name) is not None for name in names):
-            chosen, rejected = (finite(row[name], name) for name in names)
-            return {**pair, "margin": chosen - rejected}
-    return pair
+def _rated(asked: Callable[[Row], str]) -> Convert:
+    """The adapter of {chosen_response, rejected_response}; ratings of both make a margin."""
+
+    def convert(row: Row) -> Row:
+        replies = {"chosen": row["chosen_response"], "rejected": row["rejected_response"]}
+        pair = {"prompt": asked(row), **replies}
+        for rating in _RATINGS:
+            names = (f"chosen_{rating}", f"rejected_{rating}")
+            chosen, rejected = (number(row.get(name), name) for name in names)
+            if chosen is not None and rejected is not None:
+                return {**pair, "margin": chosen - rejected}
+        return pair
+
+    return taking_system(convert)
 
 
 def _asked(question: str, chosen: str = "chosen", rejected: str = "rejected") -> Convert:
@@ -77,9 +81,9 @@ def _asked(question: str, chosen: str = "chosen", rejected: str = "rejected") ->
 
     def convert(row: Row) -> Row:
         asked = checked_text(row[question], question)
-        return {"prompt": _turns(row, asked), "chosen": row[chosen], "rejected": row[rejected]}
+        return {"prompt": _after_history(row, asked), "chosen": row[chosen], "rejected": row[rejected]}
 
-    return convert
+    return taking_system(convert)
 
 
 def _beside(*names: str) -> Callable[[Row], list[str]]:
@@ -140,17 +144,17 @@ FORMATS = (
         "{instruction, input, chosen, rejected}, the input on a line of its own; also with system, and "
         "history: [[question, answer]] (hiyouga/LLaMA-Factory)",
         ("instruction", "chosen", "rejected"),
-        _alpaca,
+        taking_system(_alpaca),
         _beside("prompt"),
-        optional=_ALPACA,
+        optional=("input", *_TURNS),
         prompt_field="instruction",
     ),
     Format(
         "alpaca_kto",
         "{instruction, input, output, kto_tag: true where the output is desirable} (hiyouga/LLaMA-Factory)",
         ("instruction", "output", "kto_tag"),
-        _alpaca_kto,
-        optional=_ALPACA,
+        taking_system(_alpaca_kto),
+        optional=("input", *_TURNS),
         prompt_field="instruction",
         names={"completion": "output", "label": "kto_tag"},
         kind=UNPAIRED,
@@ -160,13 +164,29 @@ FORMATS = (
         "{instruction, chosen_response, rejected_response, chosen_avg_rating, rejected_avg_rating} "
         "(argilla/ultrafeedback-binarized-preferences, argilla/distilabel-math-preference-dpo)",
         ("instruction", "chosen_response", "rejected_response"),
-        _rated,
-        optional=(
-            "input",
-            *(f"{side}_{rating}" for side in ("chosen", "rejected") for rating in ("avg_rating", "rating")),
-        ),
+        _rated(instruction),
+        optional=("input", *SYSTEM, *_RATED),
         prompt_field="instruction",
         names={"chosen": "chosen_response", "rejected": "rejected_response"},
+    ),
+    Format(
+        "nemo_aligner",
+        "{prompt, chosen_response, rejected_response, chosen_reward, rejected_reward} (NVIDIA/NeMo-Aligner)",
+        ("prompt", "chosen_response", "rejected_response"),
+        _rated(lambda row: row["prompt"]),
+        _beside("instruction"),
+        optional=(*SYSTEM, *_RATED),
+        names={"chosen": "chosen_response", "rejected": "rejected_response"},
+    ),
+    Format(
+        "query_responses",
+        "{query, response, rejected_response}; also with system, and history: [[question, answer]] "
+        "(modelscope/ms-swift)",
+        ("query", "response", "rejected_response"),
+        _asked("query", "response", "rejected_response"),
+        optional=_TURNS,
+        prompt_field="query",
+        names={"chosen": "response", "rejected": "rejected_response"},
     ),
     Format(
         "orca_dpo",
@@ -174,7 +194,7 @@ FORMATS = (
         ("system", "question", "chosen", "rejected"),
         _asked("question"),
         _beside("prompt", "instruction"),
-        optional=("history",),
+        optional=_TURNS,
         prompt_field="question",
     ),
     Format(
@@ -183,16 +203,8 @@ FORMATS = (
         ("system", "input", "chosen", "rejected"),
         _asked("input"),
         _beside("prompt", "instruction", "question"),
-        optional=("history",),
+        optional=_TURNS,
         prompt_field="input",
-    ),
-    Format(
-        "system_prompt",
-        "{system, prompt, chosen, rejected} as text (jondurbin/truthy-dpo-v0.1)",
-        ("system", "prompt", "chosen", "rejected"),
-        _asked("prompt"),
-        _not_texts,
-        optional=("history",),
     ),
     Format(
         "question",
@@ -200,7 +212,7 @@ FORMATS = (
         ("question", "chosen", "rejected"),
         _asked("question"),
         _not_question,
-        optional=("history",),
+        optional=_TURNS,
         prompt_field="question",
     ),
     Format(
@@ -209,7 +221,7 @@ FORMATS = (
         "(shibing624/MedicalGPT, reward data)",
         ("question", "response_chosen", "response_rejected"),
         _asked("question", "response_chosen", "response_rejected"),
-        optional=("system", "history"),
+        optional=_TURNS,
         prompt_field="question",
         names={"chosen": "response_chosen", "rejected": "response_rejected"},
     ),

@@ -5,7 +5,8 @@
      "values": {"first": ["A"], "second": ["B"], "tie": ["both", None]}}
 
 The fields of one of `SHAPES`, and of those that any row of its kind may have. `prompt` is left out where the
-replies are whole conversations. Nothing is taken from a row but what the mapping names.
+replies are whole conversations. Messages may be {role, content} or {from, value}. Nothing is taken from a row
+but what the mapping names.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.formats.paths import ABSENT, Path, parsed_path
-from dpo_kit.pairs.formats.ranked import Judged, judged_list, number, rank
+from dpo_kit.pairs.formats.ranked import parallel
 from dpo_kit.pairs.formats.registry import Format, Row
+from dpo_kit.pairs.formats.turns import as_messages, with_system
+from dpo_kit.pairs.formats.values import label, number
 from dpo_kit.pairs.kinds import LISTS, PAIRS, SCORED, UNPAIRED, Kind
-from dpo_kit.pairs.schema import SCORES, BadRow, UnusablePair, checked_text, kind_of
+from dpo_kit.pairs.schema import SCORES, BadRow, UnusablePair, kind_of
 
 SHAPES: tuple[tuple[Kind, tuple[str, ...]], ...] = (
     (PAIRS, ("chosen", "rejected")),
@@ -162,6 +165,7 @@ def _converter(
     paths: Mapping[str, Path], verdicts: dict[tuple[str, Any], Any] | None
 ) -> Callable[[Row], Row | list[Row | UnusablePair]]:
     at = {name: path.text for name, path in paths.items()}
+    at |= {"chosen": at["first"], "rejected": at["second"]} if "first" in at else {}
 
     def convert(row: Row) -> Row | list[Row | UnusablePair]:
         found = {name: path.of(row) for name, path in paths.items()}
@@ -172,11 +176,19 @@ def _converter(
         for name in ("score", *_NUMBERS):
             if name in part:
                 part[name] = number(part[name], at[name])
-        if "system" in paths:
-            _put_in_front(part, at)
         if "first" in part:
             part["chosen"], part["rejected"] = part.pop("first"), part.pop("second")
-        return _listed(part, at) if "completions" in part else part
+        for name in ("prompt", "chosen", "rejected", "completion"):
+            if name in part:
+                part[name] = as_messages(part[name], at[name])
+        if "system" in paths:
+            part = with_system(part, part.pop("system", None), at["system"])
+        if "completions" not in part:
+            return part
+        by = "scores" if "scores" in part else "ranks"
+        replies, judgements = part.pop("completions"), part.pop(by, None)
+        made = parallel(part.get("prompt"), replies, judgements, at["completions"], at[by], by)
+        return [each if isinstance(each, UnusablePair) else {**each, **part} for each in made]
 
     return convert
 
@@ -191,8 +203,11 @@ def _meaning(value: Any, verdicts: dict[tuple[str, Any], Any] | None, name: str,
             )
         return verdicts[token]
     if name == "label":
-        return value
-    share = number(value, field) if _is_number(value) else None
+        return label(value, field)
+    try:
+        share = number(value, field)
+    except BadRow:
+        share = None
     if share is None or not 0 <= share <= 1:
         found = str(value) if isinstance(value, int | float) else kind_of(value)
         raise BadRow(
@@ -201,46 +216,3 @@ def _meaning(value: Any, verdicts: dict[tuple[str, Any], Any] | None, name: str,
             mend="Say in mapping.values which values mean first, second and tie",
         )
     return share
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return number(value, "") is not None
-    except BadRow:
-        return False
-
-
-def _put_in_front(part: dict[str, Any], at: Mapping[str, str]) -> None:
-    """The system text as the first message; the prompt is messages then, in every row alike."""
-    system = part.pop("system", None)
-    if "prompt" not in part:
-        raise BadRow("a system text needs a prompt to stand before", field=at["system"])
-    prompt = part["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list):
-        raise BadRow(f"expected text or a list of messages, found {kind_of(prompt)}", field=at["prompt"])
-    if system is not None and checked_text(system, at["system"]):
-        first = {"role": "system", "content": system}
-        begins = messages[0] if messages else None
-        if not (isinstance(begins, dict) and begins.get("role") == "system"):
-            messages = [first, *messages]
-        elif begins.get("content") != system:
-            raise BadRow("the prompt begins with another system message", field=at["system"])
-    part["prompt"] = messages
-
-
-def _listed(part: dict[str, Any], at: Mapping[str, str]) -> list[Row | UnusablePair]:
-    by = "scores" if "scores" in part else "ranks"
-    replies, judgements = part.pop("completions"), part.pop(by, None)
-    for name, value in (("completions", replies), (by, judgements)):
-        if not isinstance(value, list):
-            raise BadRow(f"expected a list, found {kind_of(value)}", field=at[name])
-    if len(replies) != len(judgements):
-        raise BadRow(f"{len(judgements)} {by} for {len(replies)} completions", field=at[by])
-    judged: list[Judged] = []
-    for i, (reply, value) in enumerate(zip(replies, judgements, strict=True)):
-        field = f"{at[by]}: {i}"
-        judged.append((reply, number(value, field) if by == "scores" else rank(value, field, 1), field))
-    made, *unjudged = judged_list(part.get("prompt"), judged, by)
-    assert isinstance(made, Mapping)
-    return [{**part, **{name: value for name, value in made.items() if name != "prompt"}}, *unjudged]

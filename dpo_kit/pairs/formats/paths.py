@@ -1,8 +1,8 @@
 """Paths into a row: `a.b[0].c`, `answers[*].text`, `["a key with dots"].x`.
 
 A key with dots, brackets, quotes, spaces or a question mark stands in quotes, plain or in brackets. `[0]`,
-`[-1]` are elements of a list, `[*]` is all of them: what follows is taken of each. A path that ends in `?`
-may be missing in a row.
+`[-1]` are elements of a list, `[*]` is all of them: what follows is taken of each. `[:-1]`, `[1:]` are parts
+of a list, as Python cuts them. A path that ends in `?` may be missing in a row.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dpo_kit.pairs.schema import BadRow, kind_of
 
 _PIECE = re.compile(
     r"""\[\s*(?P<index>-?\d+|\*)\s*\]                                # [0], [-1], [*]
+    |\[\s*(?P<begin>-?\d+)?\s*:\s*(?P<end>-?\d+)?\s*\]                # [:-1], [1:]
     |\[\s*(?P<bracket>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')\s*\]      # ["my key"]
     |(?P<dot>\.)?(?P<quoted>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')     # "my key"
     |(?P<plaindot>\.)?(?P<plain>[^.\[\]"'?\s]+)                      # key""",
@@ -35,10 +36,10 @@ ABSENT = _Absent()
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """A path as it was written, and its steps: a key (str in a one-tuple), an index, or `ALL`."""
+    """A path as it was written, and its steps: a key (str in a one-tuple), an index, a slice, or `ALL`."""
 
     text: str
-    steps: tuple[tuple[str] | int | str, ...]
+    steps: tuple[tuple[str] | int | slice | str, ...]
     optional: bool = False
 
     @property
@@ -61,6 +62,10 @@ class Path:
                 raise self._missing(f"'[*]' needs a list, found {kind_of(value)}", place)
             found = [self._follow(each, at + 1, f"{place}[{i}]") for i, each in enumerate(value)]
             return [None if each is ABSENT else each for each in found]
+        if isinstance(step, slice):
+            if not isinstance(value, list):
+                raise self._missing(f"'[:]' needs a list, found {kind_of(value)}", place)
+            return self._follow(value[step], at + 1, place)
         if isinstance(step, int):
             if not isinstance(value, list):
                 raise self._missing(f"'[{step}]' needs a list, found {kind_of(value)}", place)
@@ -98,7 +103,7 @@ def parsed_path(text: Any, field: str) -> Path:
     written = text.strip()
     optional = written.endswith("?")
     rest = written.removesuffix("?")
-    steps: list[tuple[str] | int | str] = []
+    steps: list[tuple[str] | int | slice | str] = []
     at = 0
     while at < len(rest):
         piece = _PIECE.match(rest, at)
@@ -106,6 +111,9 @@ def parsed_path(text: Any, field: str) -> Path:
             raise InputError(f"'{written}' is no path at '{rest[at:]}'", field=field, mend=_EXAMPLE)
         if piece["index"]:
             steps.append(ALL if piece["index"] == ALL else int(piece["index"]))
+        elif piece[0].startswith("[") and not piece["bracket"]:
+            begin, end = (int(piece[name]) if piece[name] else None for name in ("begin", "end"))
+            steps.append(slice(begin, end))
         elif quoted := piece["bracket"] or piece["quoted"]:
             steps.append((re.sub(r"\\(.)", r"\1", quoted[1:-1]),))
         else:
@@ -122,4 +130,6 @@ def _runs_on(piece: re.Match[str], steps: list[Any]) -> bool:
     return bool(steps and bare)
 
 
-_EXAMPLE = """Write it as in: question.text, turns[0].value, answers[*].text, ["my key"].text"""
+_EXAMPLE = (
+    """Write it as in: question.text, turns[0].value, answers[*].text, messages[:-1], ["my key"].text"""
+)

@@ -6,16 +6,17 @@ Each adapter gives `canonical_row` a ranked list, or one scored reply; what pair
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dpo_kit.pairs.formats.instructions import instruction
 from dpo_kit.pairs.formats.registry import Convert, Format, Row
+from dpo_kit.pairs.formats.turns import SYSTEM, taking_system
+from dpo_kit.pairs.formats.values import number, rank, score
 from dpo_kit.pairs.kinds import LISTS, SCORED
 from dpo_kit.pairs.messages import text_or_messages
-from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, finite, kind_of
+from dpo_kit.pairs.schema import BadRow, UnusablePair, checked_text, kind_of
 
 Judged = tuple[Any, float | int | None, str]  # a reply, what is said of it (None: nothing), and where
 
@@ -25,32 +26,7 @@ _PROMPTS = ("prompt", "instruction", "query", "question", "input")
 _REPLIES = ("responses", "response", "generations", "answers", "candidates", "outputs", "completions")
 _SCORES = ("scores", "score", "ratings", "rating", "rewards", "reward")
 _RANKS = ("ranks", "rank")
-_NO_JUDGEMENT = ("", "N/A")
 _TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
-
-
-def number(value: Any, field: str) -> float | None:
-    """A score that may be written as text (`"4"`); None where the source says that there is none.
-
-    That is null, NaN, "N/A" or an empty text. Raises `BadRow` for anything else that is no finite number.
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if not isinstance(value, str):
-        return finite(value, field)
-    if value.strip() in _NO_JUDGEMENT:
-        return None
-    if not re.fullmatch(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*", value, re.ASCII):
-        raise BadRow(f"expected a number, found {kind_of(value)}", field=field)
-    return finite(float(value), field)
-
-
-def rank(value: Any, field: str, best: int) -> int:
-    """A whole rank, counted from `best` (0 or 1) -> the same counted from 1; raises `BadRow`."""
-    place = finite(value, field)
-    if place != int(place) or place < best:
-        raise BadRow(f"expected a rank, found {value}", field=field, mend=f"The best rank is {best}")
-    return int(place) - best + 1
 
 
 def judged_list(prompt: Any, judged: Iterable[Judged], by: str) -> list[Row | UnusablePair]:
@@ -64,6 +40,22 @@ def judged_list(prompt: Any, judged: Iterable[Judged], by: str) -> list[Row | Un
         raise UnusablePair("nothing_to_compare")
     row = {"prompt": prompt, "completions": [reply for reply, _ in known], by: [value for _, value in known]}
     return [row, *(UnusablePair("unjudged", field=field) for _, value, field in all_judged if value is None)]
+
+
+def parallel(
+    prompt: Any, replies: Any, judgements: Any, replies_at: str, judgements_at: str, by: str
+) -> list[Row | UnusablePair]:
+    """`judged_list` of replies and of what is said of them, lists side by side that stand at these places."""
+    for field, value in ((replies_at, replies), (judgements_at, judgements)):
+        if not isinstance(value, list):
+            raise BadRow(f"expected a list, found {kind_of(value)}", field=field)
+    if len(replies) != len(judgements):
+        raise BadRow(f"{len(judgements)} {by} for {len(replies)} replies", field=judgements_at)
+    judged: list[Judged] = []
+    for i, (reply, value) in enumerate(zip(replies, judgements, strict=True)):
+        field = f"{judgements_at}[{i}]"
+        judged.append((reply, number(value, field) if by == "scores" else rank(value, field, 1), field))
+    return judged_list(prompt, judged, by)
 
 
 def objects(row: Row, field: str, *keys: str) -> list[tuple[Mapping[str, Any], str]]:
@@ -143,11 +135,10 @@ def helpsteer_prompt(text: Any, field: str) -> list[dict[str, str]]:
 
 def _helpsteer(attribute: str) -> Convert:
     def convert(row: Row) -> Row:
-        score = finite(row[attribute], attribute)
         return {
             "prompt": helpsteer_prompt(row["prompt"], "prompt"),
             "completion": row["response"],
-            "score": score,
+            "score": score(row[attribute], attribute),
         }
 
     return convert
@@ -167,13 +158,13 @@ def _nemo(row: Row) -> list[Row | UnusablePair]:
 
 def _stack_exchange(row: Row) -> list[Row | UnusablePair]:
     replies = objects(row, "answers", "text", "pm_score")
-    judged = [(each["text"], finite(each["pm_score"], f"{at}.pm_score"), at) for each, at in replies]
+    judged = [(each["text"], score(each["pm_score"], f"{at}.pm_score"), at) for each, at in replies]
     return judged_list(row["question"], judged, "scores")
 
 
 def _scored_texts(row: Row) -> list[Row | UnusablePair]:
     replies = objects(row, "output", "score", "text")
-    judged = [(each["text"], finite(each["score"], f"{at}.score"), at) for each, at in replies]
+    judged = [(each["text"], score(each["score"], f"{at}.score"), at) for each, at in replies]
     return judged_list(row["input"], judged, "scores")
 
 
@@ -218,16 +209,10 @@ def _parallel_lists(row: Row) -> list[Row | UnusablePair]:
     if lacks := _lacks_lists(row):
         raise BadRow(f"the row lacks {', '.join(lacks)}")
     (prompt,), (replies,), (by,) = _list_columns(row)
-    if len(row[replies]) != len(row[by]):
-        raise BadRow(f"{len(row[by])} {by} for {len(row[replies])} {replies}", field=by)
-    judged: list[Judged] = []
-    for i, (reply, value) in enumerate(zip(row[replies], row[by], strict=True)):
-        field = f"{by}[{i}]"
-        said = number(value, field) if by in _SCORES else rank(value, field, 1)
+    for i, reply in enumerate(row[replies]):
         text_or_messages(reply, f"{replies}[{i}]")
-        judged.append((reply, said, field))
     text_or_messages(row[prompt], prompt)
-    return judged_list(row[prompt], judged, "scores" if by in _SCORES else "ranks")
+    return parallel(row[prompt], row[replies], row[by], replies, by, "scores" if by in _SCORES else "ranks")
 
 
 FORMATS = (
@@ -236,9 +221,9 @@ FORMATS = (
         "{prompt, responses: [K], scores: [K]} under other names: instruction, query, question, input; "
         "generations, answers, ...; ratings, rewards, or ranks, 1 the best (distilabel, RRHF, RLHFlow)",
         (),
-        _parallel_lists,
+        taking_system(_parallel_lists),
         _lacks_lists,
-        optional=(*_PROMPTS, *_REPLIES, *_SCORES, *_RANKS),
+        optional=(*_PROMPTS, *_REPLIES, *_SCORES, *_RANKS, *SYSTEM),
         kind=LISTS,
     ),
     Format(
@@ -312,9 +297,9 @@ FORMATS = (
         "comparison",
         "{instruction, input, output: [better, worse]} (comparison_gpt4_data of LLaMA-Factory before 0.7)",
         ("instruction", "output"),
-        _comparison,
+        taking_system(_comparison),
         _lacks_two_texts,
-        optional=("input",),
+        optional=("input", *SYSTEM),
         prompt_field="instruction",
         names={"chosen": "output[0]", "rejected": "output[1]"},
     ),

@@ -10,13 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, Literal
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.canonical import canonical_row
 from dpo_kit.pairs.choosing import turned
 from dpo_kit.pairs.formats.guessing import guessed_mapping, in_words
+from dpo_kit.pairs.json_rows import RawRow
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, PAIRS, SCORED, Kind
 from dpo_kit.pairs.schema import SCORES, BadRow, Place, UnusablePair, checked_extras, finite, need
 
@@ -45,6 +45,7 @@ class Format:
         prompt_field: what the prompt is called on disk; `names`, what other canonical fields are.
         judgements: where a row has several, `convert` for each by its name; the first is the default.
         takes_common: the `common_fields` are taken from the row under their own names.
+        gather: the rows of a source -> those that `convert` takes, where one on disk is only a part of such.
     """
 
     name: str
@@ -58,11 +59,12 @@ class Format:
     kind: Kind = PAIRS
     judgements: Mapping[str, Convert] = field(default_factory=dict)
     takes_common: bool = True
+    gather: Callable[[Iterable[RawRow]], Iterator[RawRow]] | None = None
 
     @property
     def common_fields(self) -> frozenset[str]:
         """Columns that any format of this kind may have."""
-        return _common_fields(self.kind) if self.takes_common else frozenset()
+        return _COMMON_FIELDS[self.kind.name] if self.takes_common else frozenset()
 
     def missing(self, row: Row) -> list[str]:
         """The fields that the row has not."""
@@ -93,7 +95,8 @@ class Format:
         A pair may have a `preference` in [0.5, 1], the share of its chosen reply.
         """
         for name in self.fields:
-            need(row, name)
+            if name not in row:
+                need(row, name)
         try:
             converted = convert(row)
         except UnusablePair as unusable:
@@ -103,14 +106,15 @@ class Format:
             return
         except KeyError as error:  # the natural `row["question"]["text"]` of an adapter of the user's
             raise BadRow(f"format '{self.name}' finds no {error} in the row") from error
-        extras = {name: row[name] for name in self.common_fields if name in row}
+        common = self.common_fields
+        extras = {} if common.isdisjoint(row) else {name: row[name] for name in common if name in row}
         for part in converted if isinstance(converted, list) else [converted]:
             if isinstance(part, UnusablePair):
                 yield part
                 continue
-            if not isinstance(part, Mapping):
+            if not isinstance(part, dict | Mapping):  # to ask for a dict first is much faster
                 raise TypeError(f"format '{self.name}': convert must return a row, not {type(part).__name__}")
-            yield self._checked({**extras, **part})
+            yield self._checked({**extras, **part} if extras else part)
 
     def _checked(self, part: Row) -> dict[str, Any] | UnusablePair:
         try:
@@ -134,9 +138,10 @@ class Format:
         return self.names.get(name, name) + place[len(name) :]
 
 
-@lru_cache
-def _common_fields(kind: Kind) -> frozenset[str]:
-    return frozenset((*kind.extras, *(SCORES if kind == PAIRS else ())))
+_COMMON_FIELDS = {
+    kind.name: frozenset((*kind.extras, *(SCORES if kind == PAIRS else ())))
+    for kind in (*KINDS_OF_ROWS, SCORED)
+}
 
 
 FORMATS: dict[str, Format] = {}

@@ -6,6 +6,12 @@ from typing import Any
 
 from dpo_kit.pairs.formats.registry import FORMATS, Format
 
+_KINDS = {
+    "pairs": "a pair",
+    "unpaired": "a labelled reply",
+    "lists": "a ranked list",
+    "scored": "a scored reply",
+}
 _COLUMNS = ("format", "a row is", "fields", "what it is", "judgements")
 
 
@@ -20,7 +26,9 @@ def markdown() -> str:
     for shape in shapes():
         fields = ", ".join(f"`{name}`" for name in shape["fields"])
         judgements = ", ".join(f"`{name}`" for name in shape["judgements"])
-        rows.append((f"`{shape['name']}`", shape["kind"], fields, _cell(shape["about"]), judgements or "-"))
+        rows.append(
+            (f"`{shape['name']}`", _KINDS[shape["kind"]], fields, _cell(shape["about"]), judgements or "-")
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
