@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,13 @@ from audit_rows import ODD, TEXT, any_rows, findings, labelled, lines, of_file, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_kit.audit.code_spans import without_code
 from dpo_kit.audit.damage import Damage, damages
 from dpo_kit.audit.findings import Example
+from dpo_kit.audit.markers import markers_of
+from dpo_kit.audit.minhash import words_of
+from dpo_kit.audit.openings import openings_of
+from dpo_kit.audit.scripts import language_of, letters_by_script, script_of_text
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -31,6 +38,10 @@ CODE = [
     r"The gradient $\nabla f \neq \theta$, \(\tau \times \nu\), \[ \text{if } \not= \]",
     r"C:\temp\new\table and D:\notes; \textbf{bold}, \newline, \noindent, \tfrac12",
     r'System.out.println("Hello\n"); printf("%d\t%s\n", a, b); re.sub(r"[\n\t]+", "\n")',
+    r"Use the \n escape to break the line, and \t for a tab.",
+    r"The file is C:\Users\Tom\n1 or D:\new\Tables\n2 and \\host\tmp\Table.",
+    r"Print one\nline of it, which is a mention.",
+    "One escape\\nhere, two\\nhere,\nand line ends\nwhere they\nbelong.",
     "Is a < b && c > d? AT&T; x<y> List<String> R&D <think>why</think>",
     "<!DOCTYPE html>\n<html><body><p>Hi &amp; bye<br></p></body></html>",
 ]
@@ -66,7 +77,8 @@ def test_the_same_texts_read_wrongly(text: str, encoding: str) -> None:
         ("\u00f0\u0178\u02dc\u20ac", "mojibake", "\u00f0\u0178\u02dc\u20ac for \U0001f600"),
         ("one \ufefftwo", "byte_order_marks", "U+FEFF ZERO WIDTH NO-BREAK SPACE"),
         (r"First.\n\nSecond.", "literal_escapes", r"\n\n"),
-        (r"First\n- a", "literal_escapes", r"\n"),
+        (r"First\n- a\n- b", "literal_escapes", r"\n"),
+        (r"The first line\nthe second one\nand one more", "literal_escapes", r"\n"),
         (r"caf\u00e9 au lait", "literal_escapes", r"\u00e9"),
         ("this &amp; that", "html_entities", "&amp;"),
         ("one<br/>two", "html_tags", "<br/>"),
@@ -104,16 +116,111 @@ def test_sides_and_severity() -> None:
         [50],
     )
     assert "1 of 50 pairs (2.0%)" in found["replacement_characters"].sentence
-    assert "chosen 1." in found["replacement_characters"].sentence
+    assert found["replacement_characters"].sentence.endswith(": in 1 chosen reply.")
+    assert "1 of 50 pairs (2.0%) holds U+FFFD" in found["replacement_characters"].sentence
     rejected = findings(Damage(), pairs(*fill, ("p", clean, bad)))["replacement_characters"]
-    assert (rejected.severity, "rejected 1." in rejected.sentence) == ("note", True)
+    assert (rejected.severity, "in 1 rejected reply." in rejected.sentence) == ("note", True)
     prompt = findings(Damage(), pairs(*fill, (bad, clean, clean + "!")))["replacement_characters"]
-    assert (prompt.severity, "prompt 1." in prompt.sentence) == ("warning", True)
+    assert (prompt.severity, prompt.sentence.endswith("lost a character.")) == ("warning", True)
     few = findings(Damage(), pairs(*fill * 4, ("p", bad, clean)))["replacement_characters"]
     assert few.severity == "warning"
     many = findings(Damage(), pairs(*fill, *[("p", "One<br>two", clean)] * 20))["html_tags"]
     assert many.severity == "warning"
     assert "training teaches it" in many.sentence
+
+
+def test_escapes_are_no_error() -> None:
+    escaped = pairs(*[("p", r"First.\n\nSecond.", "A plain answer")] * 50)
+    found = findings(Damage(), escaped)["literal_escapes"]
+    assert (found.severity, found.count) == ("warning", 50)
+
+
+NASTY = [
+    *(
+        "\\begin{",
+        "\\(",
+        "\\[",
+        "$$ ",
+        "$ ",
+        "$\n",
+        "`` ",
+        "` ",
+        "`\n",
+        "```",
+        "\\n",
+        "\\n a",
+        "x\\na ",
+        "\\r",
+    ),
+    *(
+        "\\u00e9 ",
+        "a:\\n ",
+        "& ",
+        "&#1",
+        "<p ",
+        "<",
+        "\u00c3",
+        "\u00c3\u00a9",
+        "\u00e2",
+        "e\u0301",
+        "\r",
+        "\r\n",
+    ),
+    *(
+        "Human: ",
+        "\nHuman:",
+        "<|",
+        "### ",
+        "- ",
+        " \t",
+        "sorry ",
+        "1",
+        "the of ",
+        "\u4f60",
+        "\u0905",
+        "\0",
+        "\u200b",
+    ),
+]
+
+
+@pytest.mark.parametrize("piece", NASTY)
+@pytest.mark.parametrize(
+    ("length", "end"), [(1_000_000, "a"), (200_000, ""), (200_000, "\\end{"), (200_000, "`")]
+)
+def test_no_text_takes_long(piece: str, length: int, end: str) -> None:
+    text = piece * (length // len(piece)) + end
+    started = time.process_time()
+    list(damages(text))
+    markers_of(text)
+    openings_of(text)
+    without_code(text)
+    letters = letters_by_script(text)
+    language_of(text, script_of_text(letters))
+    words_of(text)
+    assert time.process_time() - started < 4  # an expression that goes back takes minutes
+
+
+# What a regular expression says of the same, which goes back over a text again and again.
+_CODE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\begin\{.*?\\end\{",
+    re.DOTALL,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["`", "```", "$", "$$", "\\(", "\\)", "\\[", "\\]", "\\begin{", "\\end{", "\n", "a", " "]
+        ),
+        max_size=14,
+    ).map("".join)
+)
+def test_code_is_taken_out_as_by_an_expression(text: str) -> None:
+    expected = _CODE.sub(lambda found: " " * len(found[0]), text)
+    # To the expression two dollars without others behind them are an empty formula.
+    assert without_code(text).replace("$$", "  ") == expected
 
 
 def test_what_users_write_in_html_is_theirs() -> None:
@@ -122,7 +229,7 @@ def test_what_users_write_in_html_is_theirs() -> None:
 
 def test_labelled_replies_and_lists() -> None:
     rows = [labelled("p", "a\0b", True, 1), labelled("p", "a\0b", False, 2)]
-    assert "desirable 1, undesirable 1" in findings(Damage(), rows)["control_characters"].sentence
+    assert "1 desirable and 1 undesirable replies" in findings(Damage(), rows)["control_characters"].sentence
     found = findings(Damage(), [ranked("p", ["fine", "a\0b", "good"], [3, 2, 1])])["control_characters"]
     assert found.examples[0]["completion 2"] == "a\0b"
 
@@ -155,7 +262,7 @@ def test_real_chinese_and_english() -> None:
         {*lost["prompt"], *lost["chosen"], *lost["rejected"]}
     )
     assert (found["replacement_characters"].count, found["replacement_characters"].severity) == (13, "error")
-    assert "prompt 2, chosen 9, rejected 2" in found["replacement_characters"].sentence
+    assert "in 2 prompts, 9 chosen and 2 rejected replies" in found["replacement_characters"].sentence
     assert [len(each) for each in lost.values()] == [2, 9, 2]
     assert "mojibake" not in found
 

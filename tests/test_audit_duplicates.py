@@ -5,19 +5,24 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
+from dataclasses import replace
 from itertools import combinations, permutations, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from audit_rows import any_rows, findings, labelled, lines, of_file, pair, pairs, ranked
+from audit_rows import any_rows, example, findings, labelled, lines, of_file, pair, pairs, ranked
 from hypothesis import given, settings
 
 from dpo_kit.audit import duplicates
 from dpo_kit.audit.duplicates import Duplicates
+from dpo_kit.audit.faults import clipped
 from dpo_kit.audit.findings import Example
-from dpo_kit.audit.minhash import Signatures, likeness, near_groups, words_of
+from dpo_kit.audit.minhash import Compared, Signatures, likeness, near_groups, words_of
 from dpo_kit.audit.preferences import on_cycles
+from dpo_kit.pairs.kinds import PAIRS
+from dpo_kit.pairs.statistics import Gatherer, PairStatistics
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 WORDS = [f"{a}{b}{c}" for a, b, c in product("bdfgklmnprst", "aeiou", "bdfgklmnprst")]
@@ -111,7 +116,7 @@ def test_things_are_grouped_however_long_the_chain() -> None:
         signatures.add(words_of(" ".join(chain[i])))
     for _ in range(60):
         signatures.add(words_of(" ".join(words(rng, 100))))
-    group = near_groups((signatures.array(), np.arange(120)))
+    group = near_groups(Compared(signatures.array(), np.arange(120)))
     assert np.bincount(group[:60])[0] > 30  # near to the estimate's accuracy, most links are found
     assert (group[60:] == np.arange(60, 120)).all()
     assert (group[group] == group).all()
@@ -122,7 +127,7 @@ def test_many_alike_do_not_cost_the_square() -> None:
     for _ in range(20_000):
         signatures.add([b"the", b"same"])
     started = time.process_time()
-    assert (near_groups((signatures.array(), np.arange(20_000))) == 0).all()
+    assert (near_groups(Compared(signatures.array(), np.arange(20_000))) == 0).all()
     assert time.process_time() - started < 5  # all pairs of them would take minutes
 
 
@@ -201,6 +206,123 @@ def test_lists_and_labels_contradict_too() -> None:
     assert lines(found["both_labels"]) == [1, 4]
 
 
+def test_both_labels_are_not_near_duplicates_too() -> None:
+    text = " ".join(words(random.Random(8), 40))
+    found = findings(Duplicates(), [labelled(text, text, True, 1), labelled(text, text, False, 2)])
+    assert found.keys() == {"both_labels", "shared_prompts"}
+
+
+def message(role: str, content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def call(city: str) -> list[dict[str, Any]]:
+    function = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+    return [message("assistant", "", tool_calls=[function])]
+
+
+def test_what_a_model_would_read_belongs_to_a_row() -> None:
+    said = ("A good answer", "Another answer")
+    turns = [message("user", "Hi there"), message("assistant", "Hello"), message("user", "Bye")]
+    rows = pairs(
+        (turns, *said),
+        ([message("user", "Hi thereHelloBye")], *said),
+        ([message("system", "Be nice."), message("user", "Well?")], *said),
+        ([message("user", "Be nice."), message("user", "Well?")], *said),
+    )
+    assert findings(Duplicates(), rows) == {}
+    asked = [message("user", "What is the weather like?")]
+    rows = pairs((asked, call("Paris"), call("Rome")), (asked, call("Oslo"), call("Bonn")))
+    assert findings(Duplicates(), rows).keys() == {"shared_prompts"}
+    again = findings(Duplicates(), pairs(*[(asked, call("Paris"), call("Rome"))] * 2))
+    assert lines(again["duplicate_rows"]) == [2]
+    turned = pairs((asked, call("Paris"), call("Rome")), (asked, call("Rome"), call("Paris")))
+    assert lines(findings(Duplicates(), turned)["both_orders"]) == [1, 2]
+
+
+def test_under_other_tools_rows_are_other_rows() -> None:
+    row = {
+        "prompt": [message("user", "What is it?")],
+        "chosen": "A good answer",
+        "rejected": "Another answer",
+    }
+    rows = [
+        example(row | {"tools": f'[{{"name": "{name}"}}]'}, PAIRS, f"rows.jsonl:{line}")
+        for line, name in enumerate("aba", 1)
+    ]
+    found = findings(Duplicates(), rows)
+    assert {name: lines(each) for name, each in found.items()} == {
+        "duplicate_rows": [3],
+        "shared_prompts": [1, 3],
+    }
+    gatherer = Gatherer()
+    for each in rows:
+        gatherer.add(dict(each.row), PAIRS)
+    statistics = gatherer.statistics(PAIRS)
+    assert isinstance(statistics, PairStatistics)
+    assert (statistics.duplicated_pairs, statistics.distinct_prompts) == (1, 2)
+
+
+def test_duplicates_are_counted_as_the_statistics_count_them() -> None:
+    asked = [message("user", "What is the weather like?")]
+    rows = [*random_pairs(20), *random_pairs(20)[:5]]
+    rows += pairs(*[(asked, call(city), call("Rome")) for city in ("Oslo", "Bonn", "Oslo")])
+    gatherer = Gatherer()
+    for row in (rows := [replace(row, place=f"rows.jsonl:{i}") for i, row in enumerate(rows)]):
+        gatherer.add(dict(row.row), row.kind)
+    statistics = gatherer.statistics(PAIRS)
+    assert isinstance(statistics, PairStatistics)
+    assert findings(Duplicates(), rows)["duplicate_rows"].count == statistics.duplicated_pairs == 6
+
+
+def test_pairs_of_one_list_do_not_repeat_each_other() -> None:
+    rng = random.Random(9)
+    text = words(rng, 100)
+    nearly = " ".join([*text[:-1], "something"])
+    rows = [pair("p", " ".join(text), "A bad one", 4), pair("p", nearly, "A bad one", 4)]
+    rows += [pair("q", "A good one", "A bad one", 5)] * 2
+    found = findings(Duplicates(), rows)
+    assert found.keys() == {"shared_prompts"}
+    assert found["shared_prompts"].count == 4
+    assert found["shared_prompts"].places == ("rows.jsonl:4", "rows.jsonl:5")
+    found = findings(Duplicates(), [*rows, pair("p", nearly, "A bad one", 6)])
+    assert lines(found["duplicate_rows"]) == [6]
+    assert "near_duplicate_rows" in findings(Duplicates(), [rows[0], pair("p", nearly, "A bad one", 6)])
+
+
+@pytest.mark.parametrize("form", ["system", "prefix", "template", "turn"])
+def test_what_prompts_have_in_common_does_not_make_them_near(form: str) -> None:
+    rng = random.Random(10)
+    shared = " ".join(words(rng, 75 if form == "system" else 150))
+
+    def prompt(question: str) -> Any:
+        if form == "system":
+            return [message("system", shared), message("user", question)]
+        if form == "turn":
+            return [message("user", f"{shared}\n\n{question}")]
+        return f"{shared}\n\nQ: {question}\nA:" if form == "template" else f"{shared} {question}"
+
+    questions = [" ".join(words(rng, rng.randint(8, 14))) for _ in range(100)]
+    rows = [pair(prompt(q), f"yes {i}", f"no {i}", i + 1) for i, q in enumerate(questions[:70])]
+    rows += [
+        pair(prompt(q), f"yes {i}", f"no {i}", i + 1, held_out=True) for i, q in enumerate(questions[70:])
+    ]
+    assert findings(Duplicates(), rows) == {}
+    # The same question with a word more is found all the same.
+    same = pair(prompt(f"so, {questions[0]}"), "yes", "no", 99, held_out=True)
+    assert lines(findings(Duplicates(), [*rows, same])["near_held_out_prompts"]) == [99]
+
+
+def test_texts_of_later_rows_are_shown_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "KEPT_TO_SHOW", 3)
+    rows = random_pairs(30)
+    late = replace(rows[20], place="rows.jsonl:31")
+    held_out = [replace(row, held_out=True, place="other.jsonl:1") for row in (*random_pairs(9, 5), rows[25])]
+    found = findings(Duplicates(), [*rows, late, *held_out])
+    for name, row in (("duplicate_rows", late), ("held_out_rows", rows[25]), ("held_out_prompts", rows[25])):
+        assert found[name].examples[0]["chosen"] == clipped(row.replies[0]), name
+
+
 def test_rows_that_share_a_prompt() -> None:
     rows = pairs(*((prompt, f"a{i}", f"b{i}") for i, prompt in enumerate("ppp qqqqqq r".replace(" ", ""))))
     check = Duplicates()
@@ -258,4 +380,5 @@ def test_real_dialogues() -> None:
     shared = [row.place for row, prompt in zip(rows, prompts, strict=True) if prompts.count(prompt) > 1]
     assert list(found["shared_prompts"].places) == shared
     assert len(shared) == 4
-    assert found.keys() == {"shared_prompts", "near_duplicate_prompts"}
+    # Dialogues with a long history in common end in other questions.
+    assert found.keys() == {"shared_prompts"}

@@ -115,6 +115,29 @@ def test_a_side_that_answers_in_another_language() -> None:
     assert "training teaches it" in findings(Languages(), turned)["other_language"].sentence
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        'Translate into French: "This is what most of them would do, and there it is."',
+        "What is the word for this in German? I would like to have it from you, please.",
+        "Which language is this from, and what can you tell me about the words of it?",
+    ],
+)
+def test_languages_that_were_asked_for(asked: str) -> None:
+    rows = pairs(*[(asked, TEXTS["French"], TEXTS["English"] + "!")] * 30)
+    assert findings(Languages(), rows) == {}
+    rows = pairs(*[(TEXTS["English"], TEXTS["French"], TEXTS["English"] + "!")] * 30)
+    assert findings(Languages(), rows)["other_language"].severity == "warning"
+
+
+def test_scripts_that_stand_in_the_prompt() -> None:
+    prompt = "Answer with the name of the alternative, one of विकल्प and the other one."
+    hindi = "विकल्प मेरा बेटा पैदा हुआ कथन और विकल्प"
+    reply = "Which of them is it then, would you say?"
+    assert findings(Languages(), pairs((prompt, hindi, reply))) == {}
+    assert findings(Languages(), pairs((TEXTS["English"], hindi, reply))).keys() == {"other_script"}
+
+
 def test_only_the_last_question_counts() -> None:
     english, german = TEXTS["English"], TEXTS["German"]
     messages = [
@@ -129,7 +152,7 @@ def test_only_the_last_question_counts() -> None:
 def test_labelled_replies_and_lists() -> None:
     english, german = TEXTS["English"], TEXTS["German"]
     found = findings(Languages(), [labelled(english, german, False)])
-    assert "undesirable 1" in found["other_language"].sentence
+    assert "in 1 undesirable reply" in found["other_language"].sentence
     found = findings(Languages(), [ranked(english, [english, german], [1, 2])])
     assert "completion 2 German" in found["other_language"].examples[0]["what"]
 
@@ -156,4 +179,9 @@ def test_real_chinese_and_english() -> None:
     check = Languages()
     found = findings(check, of_file(DATA / "llama-factory" / "dpo_en_demo.json"))
     assert check.result().figures["languages_guessed"]["rejected"]["English"] > 0.8
-    assert found["other_language"].count <= 3
+    assert found == {}  # what is in another language was asked for
+    check = Languages()
+    findings(check, of_file(DATA / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"))
+    figures = check.result().figures
+    assert figures["languages_in_words"]["chosen"] == "English 100.0%"
+    assert figures["languages_guessed"]["chosen"]["unknown"] < 0.25

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import replace
 
+from dpo_kit.audit.code_spans import without_code
 from dpo_kit.audit.faults import PROMPT, Account, clipped, reply_labels, reply_sides
-from dpo_kit.audit.findings import Check, Example, Result, Severity
+from dpo_kit.audit.findings import Example, Finding, Result, Severity
 
 # All of ASCII that is no text: NUL and control characters, but tab, newline and the carriage return.
 _CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
@@ -39,16 +41,22 @@ _UNSEEN = re.compile("[\u00ad\u200b\u2028\u2029\u202a-\u202e\u2060-\u2064]")
 _PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U0010fffd]")
 _C1 = re.compile("[\u0080-\u0084\u0086-\u009f]")
 
-_CODE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\begin\{.*?\\end\{",
-    re.DOTALL,
+# A run of escapes; what follows is looked at apart, or the search would try every shorter run.
+_ESCAPES = re.compile(r"(?<!\\)(?:\\r)?(?:\\[nt])++|(?<!\\)\\u[0-9a-fA-F]{4}(?![\"'\]-])")
+# Where a quotation begins or ends, a pattern, or a set of characters.
+_BEFORE_QUOTED = frozenset("\"'`([/|{+")
+_AFTER_QUOTED = frozenset("\"'`)]/|\\}%+*?")
+# Commands of LaTeX that begin like an escape with a letter after it.
+_COMMAND = re.compile(
+    r"\\(?:n(?:abla|eg?|eq|ew\w*|o(?:t|tin|indent|number|limits|de\w*|rmalsize)|u|exists|mid|parallel"
+    r"|leq|geq|i|atural|earrow|warrow|cong|sim|subseteq)"
+    r"|t(?:ext\w*|imes|heta|au|anh?|o|op|frac|ilde|ri\w*|itle|able\w*|oday|iny|abular|ikz\w*|herefore"
+    r"|hinspace|wo\w*|binom))(?![a-z])"
 )
-# Not before a letter in lower case (a command of LaTeX, a path), nor where a quotation or a pattern ends.
-_ESCAPE = re.compile(
-    r"(?<!\\)(?:\\r)?(?:\\[nt])++(?![a-z\"'`)\]/|\\}%+*?]|(?:Right|Left|V)[a-z])"
-    r"|(?<!\\)\\u[0-9a-fA-F]{4}(?![\"'\]-])"
-)
-_QUOTE = frozenset("\"'`([/|{+")
+_PATH = re.compile(r"(?:[A-Za-z]:|\\)\\\S*\Z")
+_PATH_LENGTH = 100
+# So many escapes are no mention, where they are more than the line ends.
+_ESCAPES_MEANT = 2
 _ENTITY = re.compile(
     r"&(?:amp|lt|gt|quot|apos|nbsp|ndash|mdash|hellip|[lr][sd]quo|#\d{2,6}|#x[0-9a-fA-F]{2,6});"
 )
@@ -97,7 +105,8 @@ class Damage:
     def result(self) -> Result:
         """Findings; figures count the rows with each kind of damage by side."""
         findings = [self._account.finding(name, *words) for name, words in _FAULTS.items()]
-        return Result(tuple(finding for finding in findings if finding is not None), self._account.by_side())
+        found = [finding for finding in findings if finding is not None]
+        return Result(tuple(map(_capped, found)), self._account.by_side())
 
 
 def damages(text: str) -> Iterator[tuple[str, str, int]]:
@@ -117,27 +126,40 @@ def damages(text: str) -> Iterator[tuple[str, str, int]]:
 
 
 def _escapes(text: str) -> Iterator[tuple[str, str, int]]:
-    for found in _ESCAPE.finditer(_blanked(text)):
-        before = text[found.start() - 1 : found.start()]
-        if before not in _QUOTE:
-            yield "literal_escapes", found[0], found.start()
+    """Escapes that stand for line ends that the text has not, or for a letter inside of a word."""
+    prose, meant = without_code(text), 0
+    enough = max(_ESCAPES_MEANT, text.count("\n") + 1)
+    first: re.Match[str] | None = None
+    for found in _ESCAPES.finditer(prose):
+        before, after = prose[found.start() - 1 : found.start()], prose[found.end() : found.end() + 1]
+        if before in _BEFORE_QUOTED or (found[0][1] != "u" and not _is_line_end(prose, found, before, after)):
+            continue
+        if found[0][1] == "u":
+            # Of the letters around it one at least belongs to it; else it is spoken of.
+            meant += _ESCAPES_MEANT * (before.isalpha() or (not before and after.isalpha()))
+        else:
+            meant += found[0].count("\\")
+        first = first or found
+        if meant >= enough:
+            yield "literal_escapes", first[0], first.start()
             return
 
 
+def _is_line_end(prose: str, found: re.Match[str], before: str, after: str) -> bool:
+    """Whether a run of escapes can be meant for line ends: it is not spoken of, and no path or command."""
+    spoken_of = (not before or before.isspace()) and (not after or after.isspace() or after in ".,;:")
+    if spoken_of or after in _AFTER_QUOTED or _COMMAND.match(prose, found.end() - 2):
+        return False
+    return not _PATH.search(prose, max(0, found.start() - _PATH_LENGTH), found.end())
+
+
 def _markup(text: str) -> Iterator[tuple[str, str, int]]:
-    prose = _blanked(text)
+    prose = without_code(text)
     if "<html" in prose.lower():  # a whole page, which somebody asked for
         return
     for name, pattern in (("html_entities", _ENTITY), ("html_tags", _TAG)):
         if found := pattern.search(prose):
             yield name, found[0][:40], found.start()
-
-
-def _blanked(text: str) -> str:
-    """The text with spaces in place of code and formulas."""
-    if "`" not in text and "$" not in text and "\\" not in text:
-        return text
-    return _CODE.sub(lambda found: " " * len(found[0]), text)
 
 
 def _beyond_ascii(text: str) -> Iterator[tuple[str, str, int]]:
@@ -192,65 +214,70 @@ def _code_point(char: str) -> str:
     return f"U+{ord(char):04X} {unicodedata.name(char, '')}".strip()
 
 
+def _capped(finding: Finding) -> Finding:
+    """Escapes are told from those that a text speaks of by guess: no error."""
+    if finding.name != "literal_escapes" or finding.severity != "error":
+        return finding
+    return replace(finding, severity="warning")
+
+
 # Of prompts these are what the user wrote, and said on purpose.
 _OF_REPLIES = frozenset({"html_entities", "html_tags"})
 
 _FAULTS: dict[str, tuple[str, str, Severity]] = {
     "replacement_characters": (
         "hold U+FFFD, which stands where a decoder lost a character",
-        "Load the data anew from its source in the right encoding, or take these rows out",
+        "Load the data anew from its source in the right encoding, or take these rows out.",
         "error",
     ),
     "mojibake": (
         "hold UTF-8 that was read as Latin-1 or cp1252",
-        "Undo it, if all of the file has it (`text.encode('cp1252').decode('utf-8')`), or load it anew",
+        "Undo it, if all of the file has it (`text.encode('cp1252').decode('utf-8')`), or load it anew.",
         "error",
     ),
     "byte_order_marks": (
         "hold a byte order mark (U+FEFF) inside the text",
-        "Take the marks out: they are tokens of their own, which no user types",
+        "Take the marks out: they are tokens of their own, which no user types.",
         "warning",
     ),
     "literal_escapes": (
         r"hold a backslash with a letter in place of the character that it stands for (`\n`, `\u00e9`)",
-        "Decode the escapes once more: the text was escaped twice",
+        "Decode the escapes once more: the text was escaped twice.",
         "error",
     ),
     "html_entities": (
         "hold HTML entities such as `&amp;` in a reply, outside code",
-        "Unescape them (`html.unescape`), unless the model is to write HTML",
+        "Unescape them (`html.unescape`), unless the model is to write HTML.",
         "warning",
     ),
     "html_tags": (
         "hold HTML tags such as `<br>` in a reply, outside code",
-        "Turn them to plain text or Markdown, unless the model is to write HTML",
+        "Turn them to plain text or Markdown, unless the model is to write HTML.",
         "warning",
     ),
     "control_characters": (
         "hold control characters or NUL",
-        "Take them out, after a look at what they stand for",
+        "Take them out, after a look at what they stand for.",
         "warning",
     ),
     "lone_carriage_returns": (
         "hold carriage returns without a newline",
-        "Write newlines in their place",
+        "Write newlines in their place.",
         "warning",
     ),
     "unseen_characters": (
         "hold characters that nobody sees (zero-width space, soft hyphen, marks of direction, ...)",
-        "Take them out, where they are left from a web page",
+        "Take them out, where they are left from a web page.",
         "warning",
     ),
     "private_characters": (
         "hold characters for private use, which mean nothing outside one font",
-        "Find what they stand for (often a symbol or emoji of a web page), and replace them",
+        "Find what they stand for (often a symbol or emoji of a web page), and replace them.",
         "warning",
     ),
     "marks_apart": (
         "hold letters and their marks as two characters, where Unicode has one (NFD)",
-        "Normalise all texts to NFC (`unicodedata.normalize`): the same word has other tokens in NFD",
+        "Normalise all texts to NFC (`unicodedata.normalize`): the same word has other tokens in NFD.",
         "warning",
     ),
 }
-
-CHECKS: tuple[type[Check], ...] = (Damage,)

@@ -1,30 +1,40 @@
 """What is in the data more than once: rows, prompts, the same pair with both orders, rows of held-out data.
 
-Rows leave digests of 64 bits and MinHash signatures behind (`minhash`), some 500 bytes in all; texts are kept
-of the first rows only, to show. All but equal rows are told apart whatever their case and white space.
+Rows leave digests of 64 bits and MinHash signatures behind (`minhash`), some 600 bytes in all; texts are kept
+of a few rows only, to show. What rows are, for this, is for `identity`: all but equal rows are told apart
+whatever their case and white space. Pairs from one place, as of one ranked list, are never repetitions of
+each other.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
-from hashlib import blake2b
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from dpo_kit.audit.faults import EXAMPLES, Places, share_in_words, shown
-from dpo_kit.audit.findings import Check, Example, Finding, Result, Severity
-from dpo_kit.audit.minhash import HASHES, NEAR, Signatures, near_groups, words_of
+from dpo_kit.audit.faults import EXAMPLES, Places, agreeing, share_in_words, shown
+from dpo_kit.audit.findings import Example, Finding, Result, Severity
+from dpo_kit.audit.identity import LAST_WORDS, Came, digest, digest_of_row, words_in_context
+from dpo_kit.audit.minhash import HASHES, NEAR, Compared, Signatures, near_groups
 from dpo_kit.audit.preferences import both_orders, on_cycles
 from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED, Kind
+from dpo_kit.pairs.statistics import CONTEXT
 
-# Rows whose texts are kept for examples.
+# Rows whose texts are kept for examples: so many of the first ones, of training and held-out data each. And
+# behind them, of those with each digest that came before, so many.
 KEPT_TO_SHOW = 10_000
+KEPT_OF_REPEATED = 50
 
 # Rows per prompt are counted in these classes: from each number up to below the next.
 ROWS_PER_PROMPT = (1, 2, 3, 4, 5, 10, 20, 50, 100)
+
+# Of the last words of prompts, that two of them are near each other: one word of them may differ, but not the
+# question behind a long instruction that many prompts have in common.
+_NEAR_AT_END = 0.6
 
 _ESTIMATE = f"estimated Jaccard index of word triples of {NEAR} or more by {HASHES} hashes"
 
@@ -37,46 +47,65 @@ class Duplicates:
     def __init__(self) -> None:
         self._kind: Kind | None = None
         self._places = Places()
+        self._place_number = array("I")
         self._held_out = array("B")
         self._whole, self._prompts, self._rows = array("Q"), array("Q"), array("Q")
         self._prompt_signature = array("I")
-        self._prompt_signatures = Signatures()
+        self._prompt_signatures, self._end_signatures = Signatures(), Signatures()
         # Of the first reply, and of the others: a long one must not hide that a short one differs.
         self._first_signatures, self._other_signatures = Signatures(), Signatures()
         # Of the preferences: the better and the worse reply, and the row. Of labelled replies: reply, label.
         self._better, self._worse, self._edge_row = array("Q"), array("Q"), array("I")
         self._labelled, self._labels = array("Q"), array("B")
-        self._last_prompt: str | None = None
+        self._last_prompt: tuple[Any, ...] | None = None
         self._last_digest = 0
-        self._last_place = ""
+        self._last_place = self._last_turned = ""
         self._last_edges: tuple[tuple[int, int], ...] = ()
         self._kept: dict[int, dict[str, str]] = {}
+        self._kept_counts: Counter[tuple[bool, int]] = Counter()
+        self._came = Came()
 
     def add(self, example: Example) -> None:
         """One row's digests and signatures."""
-        index = len(self._places)
+        index, row = len(self._places), example.row
         self._kind = example.kind
-        if index < KEPT_TO_SHOW:
-            self._kept[index] = shown(example)
         self._places.add(example)
+        number = self._place_number[-1] if index else 0
+        self._place_number.append(number + (example.place != self._last_place))
+        self._last_place = example.place
         self._held_out.append(example.held_out)
-        if example.prompt != self._last_prompt:
-            self._last_prompt = example.prompt
-            words = words_of(example.prompt)
-            self._last_digest = _digest(b" ".join(words))
+        prompt = (row["prompt"], *(row.get(name) for name in CONTEXT))
+        if prompt != self._last_prompt:
+            self._last_prompt = prompt
+            words = words_in_context(row, row["prompt"])
+            self._last_digest = digest(b" ".join(words))
             self._prompt_signatures.add(words)
+            self._end_signatures.add(words[-LAST_WORDS:])
         self._prompt_signature.append(len(self._prompt_signatures) - 1)
         self._prompts.append(self._last_digest)
-        judgement = example.row.get(example.kind.judgement) if example.kind.judgement else None
-        texts = "\0".join([example.prompt, *example.replies, str(judgement)])
-        self._whole.append(_digest(texts.encode("utf-8", "surrogatepass")))
-        words_of_replies = [words_of(reply) for reply in example.replies]
-        replies = [_digest(b" ".join(words), self._last_digest) for words in words_of_replies]
+        self._whole.append(digest_of_row(row, example.kind))
+        parts = example.kind.parts(row).values()
+        words_of_replies = [words_in_context(row, reply) for reply in parts]
+        replies = [digest(b" ".join(words), self._last_digest) for words in words_of_replies]
         self._first_signatures.add(*words_of_replies[:1])
         self._other_signatures.add(*words_of_replies[1:])
-        self._rows.append(_digest(f"{replies} {judgement}".encode()))
+        judgement = row.get(example.kind.judgement) if example.kind.judgement else None
+        self._rows.append(digest(f"{replies} {judgement}".encode()))
+        self._keep(example, index)
         if not example.held_out:
             self._add_preferences(example, replies, index)
+
+    def _keep(self, example: Example, index: int) -> None:
+        """Keep the row's texts, if it is of the first ones, or has a digest that came before."""
+        count = self._kept_counts
+        count[example.held_out, 0] += 1
+        keep = count[example.held_out, 0] <= KEPT_TO_SHOW
+        for which, column in enumerate((self._whole, self._rows, self._prompts), 1):
+            if self._came.before(column[index] ^ which) and not keep:
+                count[example.held_out, which] += 1
+                keep = count[example.held_out, which] <= KEPT_OF_REPEATED
+        if keep:
+            self._kept[index] = shown(example)
 
     def _add_preferences(self, example: Example, replies: list[int], index: int) -> None:
         if example.kind == UNPAIRED:
@@ -84,13 +113,13 @@ class Duplicates:
             self._labels.append(bool(example.row["label"]))
             return
         edges = tuple(_edges(example, replies))
-        if example.place == self._last_place and edges == tuple((b, a) for a, b in self._last_edges):
+        if example.place == self._last_turned and edges == tuple((b, a) for a, b in self._last_edges):
             # A tie or a share of votes, made into a pair each way from one row on purpose.
             for column in (self._better, self._worse, self._edge_row):
                 del column[len(column) - len(edges) :]
-            self._last_place = ""
+            self._last_turned = ""
             return
-        self._last_place, self._last_edges = example.place, edges
+        self._last_turned, self._last_edges = example.place, edges
         for better, worse in edges:
             self._better.append(better)
             self._worse.append(worse)
@@ -119,31 +148,32 @@ class Duplicates:
 
     def _of_rows(self, training: np.ndarray) -> Iterator[Finding]:
         _, firsts, group = np.unique(_numbers(self._whole)[training], return_index=True, return_inverse=True)
-        again = training != training[firsts[group]]
+        places = _numbers(self._place_number)
+        again = places[training] != places[training[firsts[group]]]
         yield from self._finding(
             "duplicate_rows",
             "warning",
             training[again],
             len(training),
             "are equal to an earlier one, prompt, replies and judgement",
-            "Take the repeated rows out, or say with a weight how much each row should count",
+            "Take the repeated rows out, or say with a weight how much each row should count.",
             _mate(training, group),
         )
-        distinct = np.sort(training[firsts])
+        distinct = np.setdiff1d(training[firsts], training[self._with_both_labels()])
         group = near_groups(
-            (self._first_signatures.array(), distinct),
-            (self._other_signatures.array(), distinct),
-            (self._prompt_signatures.array(), _numbers(self._prompt_signature)[distinct]),
+            Compared(self._first_signatures.array(), distinct),
+            Compared(self._other_signatures.array(), distinct),
+            *self._by_prompt(distinct),
             proposing=2,
         )
         yield from self._finding(
             "near_duplicate_rows",
             "warning",
-            distinct[_of_several(group)],
+            distinct[_of_several(group, places[distinct])],
             len(training),
             f"are nearly the same as another, prompt and each reply ({_ESTIMATE})",
-            "Read a few of them; keep one of each group, where they say the same",
-            _mate(distinct, group),
+            "Read a few of them; keep one of each group, where they say the same.",
+            _mate(distinct, group, places[distinct]),
         )
 
     def _of_preferences(self, training: np.ndarray) -> Iterator[Finding]:
@@ -163,7 +193,7 @@ class Duplicates:
             np.unique(rows[turned]),
             len(training),
             "prefer one reply to another where some other row with that prompt prefers the other",
-            "Decide which order is right, or take both out; for real disagreement give weights",
+            "Decide which order is right, or take both out; for real disagreement give weights.",
             _mate(rows[turned], between[turned], better[turned]),
         )
         component = on_cycles(better, worse)
@@ -175,24 +205,29 @@ class Duplicates:
             len(training),
             "stand in a cycle of preferences among the replies of one prompt (A over B, B over C, C over A): "
             "no reward orders them",
-            "Look at how the replies were judged, and take out one preference of each cycle",
+            "Look at how the replies were judged, and take out one preference of each cycle.",
             _mate(rows[inside], component[inside]),
         )
 
     def _of_labels(self, training: np.ndarray) -> Iterator[Finding]:
         if self._kind != UNPAIRED:
             return
-        replies, labels = _numbers(self._labelled), _numbers(self._labels).astype(bool)
-        among = np.isin(replies, np.intersect1d(replies[labels], replies[~labels]))
+        replies, labels = _numbers(self._labelled), _numbers(self._labels)
+        among = self._with_both_labels()
         yield from self._finding(
             "both_labels",
             "error",
             training[among],
             len(training),
             "have a reply that is called good in one row and bad in another with that prompt",
-            "Decide which label is right, or take both out",
+            "Decide which label is right, or take both out.",
             _mate(training, replies, labels),
         )
+
+    def _with_both_labels(self) -> np.ndarray:
+        """The places among the training rows of those whose reply has the other label too."""
+        replies, labels = _numbers(self._labelled), _numbers(self._labels).astype(bool)
+        return np.flatnonzero(np.isin(replies, np.intersect1d(replies[labels], replies[~labels])))
 
     def _of_prompts(self, training: np.ndarray) -> Iterator[Finding]:
         _, firsts, group, count = np.unique(
@@ -203,27 +238,29 @@ class Duplicates:
             "note",
             training[count[group] > 1],
             len(training),
-            f"share their prompt with another; {len(firsts):,} prompts are distinct",
-            "Split the data by prompt (`dpo-kit data split`); set group_by_prompt, and training costs less",
+            f"share the prompt with another; {len(firsts):,} prompts are distinct, whatever their case "
+            "and white space",
+            "Split the data by prompt (`dpo-kit data split`); set group_by_prompt, and training costs less.",
             _mate(training, group),
         )
         distinct = np.sort(training[firsts])
-        near = self._near_prompts(distinct)
+        near = near_groups(*self._by_prompt(distinct))
+        places = _numbers(self._place_number)[distinct]
         yield from self._finding(
             "near_duplicate_prompts",
             "note",
-            distinct[_of_several(near)],
+            distinct[_of_several(near, places)],
             len(distinct),
             f"have a prompt that is nearly that of another, one row counted of each prompt ({_ESTIMATE})",
-            "See whether they are one prompt, before you split the data or count its prompts",
-            _mate(distinct, near),
+            "See whether they are one prompt, before you split the data or count its prompts.",
+            _mate(distinct, near, places),
         )
 
     def _of_held_out(self, training: np.ndarray) -> Iterator[Finding]:
         held_out = np.flatnonzero(_numbers(self._held_out))
         if not len(held_out) or not len(training):
             return
-        advice = "Take them out of one side; `dpo-kit data split` makes a split by prompt"
+        advice = "Take them out of one side; `dpo-kit data split` makes a split by prompt."
         rows, prompts = _numbers(self._rows), _numbers(self._prompts)
         known = np.isin(prompts[held_out], prompts[training])
         for name, inside, digests, what in (
@@ -234,7 +271,7 @@ class Duplicates:
             found = held_out[inside]
             yield from self._finding(name, "error", found, len(held_out), what, advice, beside)
         _, firsts, number = np.unique(prompts, return_index=True, return_inverse=True)
-        group = self._near_prompts(firsts)[number]
+        group = near_groups(*self._by_prompt(firsts))[number]
         near = held_out[~known & np.isin(group[held_out], group[training])]
         yield from self._finding(
             "near_held_out_prompts",
@@ -242,13 +279,17 @@ class Duplicates:
             near,
             len(held_out),
             f"have a prompt that is nearly one of the training data ({_ESTIMATE})",
-            "Read a few of them; take them out of one side where they are the same question",
+            "Read a few of them; take them out of one side where they are the same question.",
             _mate(np.arange(len(prompts)), group, _numbers(self._held_out)),
         )
 
-    def _near_prompts(self, rows: np.ndarray) -> np.ndarray:
-        """For each row the least place in `rows` of one whose prompt is near it, by some way."""
-        return near_groups((self._prompt_signatures.array(), _numbers(self._prompt_signature)[rows]))
+    def _by_prompt(self, rows: np.ndarray) -> tuple[Compared, Compared]:
+        """How near the prompts of these rows are: each as a whole, and its last words."""
+        place = _numbers(self._prompt_signature)[rows]
+        return (
+            Compared(self._prompt_signatures.array(), place),
+            Compared(self._end_signatures.array(), place, _NEAR_AT_END),
+        )
 
     def _finding(
         self,
@@ -266,9 +307,10 @@ class Duplicates:
             return
         assert self._kind is not None
         rows = self._kind.rows if not self._held_out[found[0]] else f"held-out {self._kind.rows}"
-        sentence = f"{len(found):,} of {of:,} {rows} ({share_in_words(len(found), of)}) {what}."
+        count, share = len(found), share_in_words(len(found), of)
+        sentence = f"{count:,} of {of:,} {rows} ({share}) {agreeing(what, count)}."
         examples = tuple(self._shown(row, mate(row)) for row in found[:EXAMPLES].tolist())
-        places = tuple(self._places[i] for i in found.tolist())
+        places = tuple(dict.fromkeys(self._places[i] for i in found.tolist()))
         yield Finding(name, severity, len(found), of, sentence, advice, places, examples)
 
     def _shown(self, row: int, beside: int) -> dict[str, str]:
@@ -294,18 +336,16 @@ def _edges(example: Example, replies: list[int]) -> Iterator[tuple[int, int]]:
             yield from ((a, b) for a in upper for b in lower)
 
 
-def _digest(data: bytes, key: int = 0) -> int:
-    """64 bits that tell the data, under this key, from others."""
-    return int.from_bytes(blake2b(data, digest_size=8, salt=key.to_bytes(8, "little")).digest(), "little")
-
-
 def _numbers(column: array) -> np.ndarray:
     return np.frombuffer(column, dtype=column.typecode) if column else np.empty(0, column.typecode)
 
 
-def _of_several(group: np.ndarray) -> np.ndarray:
-    """Whether each thing's group (the number of its least member) has other members [things]."""
-    return np.bincount(group, minlength=len(group))[group] > 1
+def _of_several(group: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Whether each thing's group (the number of its least member) has members from other places [things]."""
+    least, greatest = places.copy(), places.copy()
+    np.minimum.at(least, group, places)
+    np.maximum.at(greatest, group, places)
+    return (least != greatest)[group]
 
 
 def _mate(rows: np.ndarray, group: np.ndarray, side: np.ndarray | None = None) -> Callable[[int], int]:
@@ -330,6 +370,3 @@ def _histogram(rows: np.ndarray) -> dict[str, int]:
             wide = above is None or above - low > 1
             counts[f"{low}+" if above is None else f"{low}-{above - 1}" if wide else str(low)] = number
     return counts
-
-
-CHECKS: tuple[type[Check], ...] = (Duplicates,)

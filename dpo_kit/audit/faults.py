@@ -13,7 +13,7 @@ from math import sqrt
 from typing import Final
 
 from dpo_kit.audit.findings import Example, Finding, Severity
-from dpo_kit.pairs.kinds import LISTS, UNPAIRED, Kind
+from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED, Kind
 
 PROMPT, PREFERRED, OTHER = 1, 2, 4
 
@@ -79,6 +79,15 @@ def share_in_words(count: int, of: int) -> str:
     return f"{share:.1%}" if share >= 0.0005 or not count else "less than 0.1%"
 
 
+_VERBS = {"have": "has", "are": "is"}
+
+
+def agreeing(what: str, count: int) -> str:
+    """A clause that begins with a verb in the plural, as it stands after so many: of 1, `holds ...`."""
+    verb, _, rest = what.partition(" ")
+    return f"{_VERBS.get(verb, verb + 's')} {rest}" if count == 1 else what
+
+
 class Places:
     """Places of rows in the order in which they came, in some 20 bytes each."""
 
@@ -121,32 +130,62 @@ class Fault:
     def add(self, example: Example, where: int, what: Mapping[str, str] | None = None) -> None:
         """A row with it; `where` is a sum of the sides that have it, `what` is shown beside or in place of
         the texts of the row."""
+        self.add_row(example, what)
+        self.add_texts(where)
+
+    def add_row(self, example: Example, what: Mapping[str, str] | None = None) -> None:
+        """The row's place, and what is shown of it."""
         self.places.add(example)
-        self.prompt += bool(where & PROMPT)
-        self.preferred += bool(where & PREFERRED)
-        self.other += bool(where & OTHER)
         if len(self.examples) < EXAMPLES:
             self.examples.append({**shown(example), **(what or {})})
 
+    def add_texts(self, where: int) -> None:
+        """A text more on each of these sides."""
+        self.prompt += bool(where & PROMPT)
+        self.preferred += bool(where & PREFERRED)
+        self.other += bool(where & OTHER)
+
 
 class Account:
-    """How many rows were looked at, and the faults found in them by their names."""
+    """How many rows were looked at, and the faults found in them by their names.
+
+    Where one row of the file gave several pairs, as a ranked list does, a text that stands in more of them is
+    counted once: in `with_preferred`, `with_other`, and in the sides of a fault.
+    """
 
     def __init__(self) -> None:
         self.rows = self.with_preferred = self.with_other = 0
         self.kind: Kind | None = None
         self.faults: dict[str, Fault] = {}
+        self._place = ""
+        # Of the rows of this place: side and text, and where a fault was found the fault's name too.
+        self._here: set[tuple[str, int, str]] = set()
 
     def count(self, example: Example, sides: tuple[int, ...]) -> None:
         """A row that is looked at, and the sides of its replies."""
         self.kind = example.kind
         self.rows += 1
-        self.with_preferred += PREFERRED in sides
-        self.with_other += OTHER in sides
+        if example.place != self._place:
+            self._place = example.place
+            self._here.clear()
+        new = self._new("", example, PREFERRED | OTHER) if example.kind == PAIRS else sum({*sides})
+        self.with_preferred += bool(new & PREFERRED)
+        self.with_other += bool(new & OTHER)
 
     def add(self, name: str, example: Example, where: int, what: Mapping[str, str] | None = None) -> None:
         """A row with the fault of this name, as `Fault.add` takes it."""
-        self.faults.setdefault(name, Fault()).add(example, where, what)
+        fault = self.faults.setdefault(name, Fault())
+        fault.add_row(example, what)
+        fault.add_texts(self._new(name, example, where) if example.kind == PAIRS else where)
+
+    def _new(self, name: str, example: Example, where: int) -> int:
+        """Those sides of a pair whose text did not come before from this place, under this name."""
+        new = 0
+        for side, text in zip((PROMPT, PREFERRED, OTHER), (example.prompt, *example.replies), strict=True):
+            if where & side and (name, side, text) not in self._here:
+                self._here.add((name, side, text))
+                new |= side
+        return new
 
     def leans(self, fault: Fault) -> bool:
         """Whether preferred replies have the fault more often than the others, beyond chance."""
@@ -168,14 +207,10 @@ class Account:
             return None
         severity = self.severity(fault, gravest)
         count = len(fault.places)
-        preferred, other = side_names(self.kind)
-        sides = {"prompt": fault.prompt, preferred: fault.preferred, other: fault.other}
-        where = ", ".join(f"{side} {rows:,}" for side, rows in sides.items() if rows)
-        sentence = (
-            f"{count:,} of {self.rows:,} {self.kind.rows} ({share_in_words(count, self.rows)}) {what}"
-            + (f": {where}." if where else ".")
-        )
+        of = f"{count:,} of {self.rows:,} {self.kind.rows} ({share_in_words(count, self.rows)})"
+        sentence = f"{of} {agreeing(what, count)}{self._sides_in_words(fault)}."
         if self.leans(fault):
+            preferred, other = side_names(self.kind)
             shares = (
                 share_in_words(fault.preferred, self.with_preferred),
                 share_in_words(fault.other, self.with_other),
@@ -184,9 +219,21 @@ class Account:
                 f" {preferred.capitalize()} replies have it more often than {other} ones"
                 f" ({shares[0]} against {shares[1]}): training teaches it."
             )
-        return Finding(
-            name, severity, count, self.rows, sentence, advice, tuple(fault.places), tuple(fault.examples)
-        )
+        places = tuple(dict.fromkeys(fault.places))
+        return Finding(name, severity, count, self.rows, sentence, advice, places, tuple(fault.examples))
+
+    def _sides_in_words(self, fault: Fault) -> str:
+        """How many texts on each side have the fault; nothing where it is of prompts alone."""
+        assert self.kind is not None
+        names = side_names(self.kind)
+        counts = dict(zip(names, (fault.preferred, fault.other), strict=True))
+        replies = [f"{count:,} {name}" for name, count in counts.items() if count]
+        if not replies:
+            return ""
+        one = sum(counts.values()) == 1
+        prompts = [f"{fault.prompt:,} prompt{'s' if fault.prompt > 1 else ''}"] if fault.prompt else []
+        words = [*prompts, f"{' and '.join(replies)} {'reply' if one else 'replies'}"]
+        return f": in {', '.join(words)}"
 
     def by_side(self) -> dict[str, dict[str, int]]:
         """For each fault the rows that have it, in all and by side."""

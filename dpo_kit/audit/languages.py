@@ -1,11 +1,13 @@
 """Scripts and languages of prompts and replies, and replies in another one than their prompt.
 
-Only training rows are looked at, and of a prompt what the user said last. How a language is guessed, and how
-far to trust it, stands in `scripts`.
+Only training rows are looked at, and of a prompt what the user said last; where it speaks of languages, or of
+translating, its replies are not accused. How a language is guessed, and how far to trust it, stands in
+`scripts`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,11 +25,22 @@ from dpo_kit.audit.faults import (
     share_in_words,
     side_names,
 )
-from dpo_kit.audit.findings import Check, Example, Finding, Result
+from dpo_kit.audit.findings import Example, Finding, Result
 from dpo_kit.audit.scripts import language_of, letters_by_script, script_of_text
 from dpo_kit.audit.turns import last_question
 
 UNKNOWN = "unknown"
+
+# What speaks of languages: the reply may have been asked for in another one.
+_ASKED_FOR = re.compile(
+    r"translat|traduc|traduz|tradui|übersetz|vertaal|перев[её]д|перевод|翻译|翻譯|翻訳|번역|अनुवाद|ترجم|\blanguages?\b"
+    r"|\b(?:english|german|french|spanish|portuguese|italian|dutch|swedish|polish|turkish|indonesian|vietnamese"
+    r"|chinese|mandarin|cantonese|japanese|korean|greek|hebrew|thai|bengali|tamil|telugu|georgian|armenian"
+    r"|russian|ukrainian|arabic|persian|farsi|urdu|hindi|marathi|gujarati|punjabi|kannada|malayalam|nepali"
+    r"|latin|sanskrit|deutsch|français|español|italiano|inglés|anglais|englisch)\b"
+    r"|中文|英文|英语|英語|日语|日文|日本語|韩语|法语|德语|俄语|西班牙语|汉语",
+    re.IGNORECASE,
+)
 
 
 class Languages:
@@ -53,8 +66,14 @@ class Languages:
         for side, answer in zip(sides, answers, strict=True):
             if (other := _otherwise(asked, answer)) is not None:
                 places[other] |= side
-        if not any(places.values()):
+        if not any(places.values()) or _ASKED_FOR.search(example.prompt):
             return
+        if places["other_script"]:
+            known = letters_by_script(example.prompt)
+            here = [known.get(script or "", 0) >= _QUOTED for script, _ in answers]
+            places["other_script"] &= ~sum({side for side, there in zip(sides, here, strict=True) if there})
+            if not any(places.values()):
+                return
         named = [
             f"{label} {language or script or UNKNOWN}"
             for label, (script, language) in zip(reply_labels(example), answers, strict=True)
@@ -76,7 +95,8 @@ class Languages:
         return script, language
 
     def result(self) -> Result:
-        """Findings; figures give shares of letters by script, and of texts by guessed language, by side."""
+        """Findings; figures give shares of letters by script, and of texts by guessed language, by side; in
+        words, of the texts alone whose language can be guessed."""
         kind = self._account.kind
         if kind is None:
             return Result()
@@ -84,6 +104,7 @@ class Languages:
         figures = {
             "scripts": {names[side]: _shares(counts) for side, counts in self._letters.items()},
             "languages_guessed": {names[side]: _shares(counts) for side, counts in self._texts.items()},
+            "languages_in_words": {names[side]: _in_words(counts) for side, counts in self._texts.items()},
             "rows": self._account.by_side(),
         }
         findings = [self._weighed(name, what) for name, what in _FAULTS.items()]
@@ -124,10 +145,21 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
     return {name: counts[name] / total for name in sorted(counts, key=lambda name: -counts[name])}
 
 
-_FAULTS = {
-    "other_script": "have a reply in another script than their prompt",
-    "other_language": "have a reply that seems to be in another language than their prompt (a guess)",
-}
-_ADVICE = "See whether they were asked to (translations are), and take the others out"
+def _in_words(counts: Mapping[str, int]) -> str:
+    """The languages of the texts that are long enough to guess by: `English 97.0%, German 2.1%`."""
+    known = {name: count for name, count in counts.items() if name != UNKNOWN}
+    total = sum(known.values())
+    names = sorted(known, key=lambda name: -known[name])
+    words = [f"{name} {share_in_words(known[name], total)}" for name in names[:_NAMED]]
+    rest = sum(known[name] for name in names[_NAMED:])
+    return ", ".join([*words, f"others {share_in_words(rest, total)}"] if rest else words)
 
-CHECKS: tuple[type[Check], ...] = (Languages,)
+
+_FAULTS = {
+    "other_script": "have a reply in another script than the prompt",
+    "other_language": "have a reply that seems to be in another language than the prompt (a guess)",
+}
+_ADVICE = "See whether they were asked to, and take the others out."
+_NAMED = 4
+# Letters of a script in a prompt, from which on a reply in that script is no wonder.
+_QUOTED = 4

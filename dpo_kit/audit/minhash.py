@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -107,25 +108,35 @@ def likeness(signatures_NK: np.ndarray, first: np.ndarray, second: np.ndarray) -
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def near_groups(*parts: tuple[np.ndarray, np.ndarray], proposing: int = 1) -> np.ndarray:
+class Compared(NamedTuple):
+    """Signatures [texts, HASHES], the place of each thing's one in them [things], and what is near."""
+
+    signatures: np.ndarray
+    place: np.ndarray
+    near: float = NEAR
+
+
+def near_groups(*parts: Compared, proposing: int = 1) -> np.ndarray:
     """For each thing the least one that it is connected to by things near each other [things].
 
-    Each of the `parts` (signatures, place of each thing's signature in them) must be near; the first ones,
-    `proposing` of them, name the candidates together. Things that share a band's keys are compared with the
-    first of them and with their neighbour only, and not where they are connected already: the work stays
-    linear, and what one band leaves out another finds.
+    Things must be near by each of the `parts`; the first ones, `proposing` of them, name the candidates
+    together. Things that share a band's keys are compared with the first of them and with their neighbour
+    only, and not where they are connected already: the work stays linear, and what one band leaves out
+    another finds.
     """
-    group = np.arange(len(parts[0][1]))
-    bands = [(np.ascontiguousarray(signatures).view(np.uint64), place) for signatures, place in parts]
+    group = np.arange(len(parts[0].place))
+    bands = [
+        (np.ascontiguousarray(part.signatures).view(np.uint64), part.place) for part in parts[:proposing]
+    ]
     for band in range(HASHES // _BAND):
         keys = np.zeros(len(group), np.uint64)
-        for columns, place in bands[:proposing]:
+        for columns, place in bands:
             keys = keys * np.uint64(0x9E3779B97F4A7C15) ^ columns[place, band]
         for i, j in _neighbours(keys):
             apart = group[i] != group[j]
             i, j = i[apart], j[apart]
-            for signatures, place in parts:
-                near = likeness(signatures, place[i], place[j]) >= NEAR
+            for part in parts:
+                near = likeness(part.signatures, part.place[i], part.place[j]) >= part.near
                 i, j = i[near], j[near]
             group = _connected(group, i, j)
     return group

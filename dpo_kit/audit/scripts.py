@@ -48,7 +48,8 @@ _OF_SCRIPT = {
 # Common short words; those of several languages tell nothing, and stand here to be left out.
 _COMMON = {
     "English": "the of and to is that it you for are with this be have on not what can your from they was or "
-    "would about which there will",
+    "would about which there will how they she his their but if when who why some any has been "
+    "get make does did don't i'm what's",
     "German": "der die das und ist nicht ein eine zu den mit sich auf für von dem wie ich sie auch werden "
     "wird kann sind oder bei aus nach wenn über einen",
     "French": "le la les des et est une un pour dans que qui vous pas sur avec ce il au du sont plus cette "
@@ -79,6 +80,9 @@ _LANGUAGE_OF = {
     for word in words
     if sum(word in others for _, others in _LISTS) == 1
 }
+
+_AROUND_WORDS = '.,;:?!"()[]*¿¡«»“”„…'
+_FEW_WORDS = 150  # characters of a text, up to which none of its words must be lost
 
 _LOOKED_AT = 400  # characters of a text, for its language
 _LEAST_LETTERS = 12
@@ -152,7 +156,7 @@ def language_of(text: str, script: str | None) -> str | None:
     if script != "Latin":
         return _OF_SCRIPT.get(script or "")
     votes: dict[str, int] = {}
-    for word in _LANGUAGE_OF.keys() & text[:_LOOKED_AT].lower().split():
+    for word in _LANGUAGE_OF.keys() & _words(text[:_LOOKED_AT].lower()):
         language = _LANGUAGE_OF[word]
         votes[language] = votes.get(language, 0) + 1
     if not votes:
@@ -160,3 +164,11 @@ def language_of(text: str, script: str | None) -> str | None:
     best, *others = sorted(votes, key=votes.__getitem__, reverse=True)
     enough = votes[best] >= _LEAST_WORDS and (not others or votes[best] >= _LEAD * votes[others[0]])
     return best if enough else None
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text; of a short one those beside punctuation too."""
+    words = text.split()
+    if len(text) > _FEW_WORDS:
+        return words
+    return [word.strip(_AROUND_WORDS).replace("’", "'") for word in words]

@@ -11,13 +11,17 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def turns_of(example: Example) -> list[tuple[str, bool]] | None:
-    """(role, whether it has text) of each turn of the prompt; None where the prompt is one text.
+    """(role, whether it says anything) of each turn of the prompt; None where the prompt is one text.
 
-    The `Assistant:` that ends a dialogue opens the reply, and is no turn.
+    Tool calls say something, content or not. The `Assistant:` that ends a dialogue opens the reply, and is no
+    turn.
     """
     prompt = example.row["prompt"]
     if not isinstance(prompt, str):
-        return [(message["role"], bool(message["content"].strip())) for message in prompt]
+        return [
+            (message["role"], bool((message["content"] or "").strip() or message.get("tool_calls")))
+            for message in prompt
+        ]
     if "\n\nHuman:" not in prompt:
         return None
     marks = list(_TURN.finditer(prompt))
@@ -35,7 +39,7 @@ def last_question(example: Example) -> str:
     """What the user said last, without white space around it; the whole prompt where it has no turns."""
     prompt = example.row["prompt"]
     if not isinstance(prompt, str):
-        said = [message["content"] for message in prompt if message["role"] == "user"]
+        said = [message["content"] or "" for message in prompt if message["role"] == "user"]
         return said[-1].strip() if said else ""
     _, found, question = prompt.rpartition("\n\nHuman:")
     return question.partition("\n\nAssistant:")[0].strip() if found else prompt.strip()
