@@ -11,7 +11,7 @@ from pair_files import write
 from dpo_kit.audit import Audit, Finding, inspect_pairs
 from dpo_kit.audit.page import write_audit
 from dpo_kit.audit.pictures import draw_pictures
-from dpo_kit.audit.words import cost_rows, short_places, visible
+from dpo_kit.audit.words import cost_rows, languages_in_words, short_places, visible
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.statistics import Gatherer
 
@@ -37,14 +37,11 @@ FIGURES = {
                 {"from": 10, "to": 90, "share": 0.9, "count": 5},
             ],
         },
-        "model": {
-            "accuracy": 0.73,
-            "interval": [0.7, 0.8],
-            "features": [
-                {"name": HOSTILE, "coefficient": -1.5, "accuracy": 0.3},
-                {"name": "bold", "coefficient": 0.4, "accuracy": 0.6},
-            ],
-        },
+        "model": {"accuracy": 0.73, "interval": [0.7, 0.8], "pairs": 40},
+        "features": [
+            {"name": HOSTILE, "coefficient": -1.5, "accuracy": 0.3, "differs": 0.5},
+            {"name": "bold", "coefficient": 0.4, "accuracy": 0.6, "differs": 0.5},
+        ],
     },
     "cost": {"batch_size": 8, "distinct": 600, "separate": 1000, "padded": 3000, "saved_share": 0.4},
     "languages": {
@@ -78,6 +75,7 @@ def audited(folder):
         *ROWS,
         {"prompt": "x", "chosen": "a", "rejected": "a"},
         {"prompt": "x", "chosen": "", "rejected": "a"},
+        {"prompt": "x", "chosen": "", "rejected": "b"},
     ]
     found = inspect_pairs(write(folder / "rows.jsonl", *rows))
     found.figures |= FIGURES
@@ -100,7 +98,8 @@ def test_the_page_runs_and_fetches_nothing_and_escapes_what_the_data_say(written
     assert "script" not in page.tags
     assert not [name for name in page.attributes if name.startswith("on")]
     assert all(uri.startswith("data:image/png;base64,") for uri in page.attributes["src"])
-    assert not page.attributes["href"]
+    assert page.attributes["href"]
+    assert all((written[1].parent / link).is_file() for link in page.attributes["href"])
     assert page.tags.count("img") == len(page.attributes["src"])
     # In <title> and heading, and of the finding in its name, sentence, advice and example.
     assert page.text.count("<script>alert('x')</script>") == 6
@@ -111,7 +110,8 @@ def test_the_page_runs_and_fetches_nothing_and_escapes_what_the_data_say(written
 def test_the_page_says_what_was_found_and_left_out(written):
     text = " ".join(Page(written[1]).text.split())
     for words in (
-        "Rows read 42", "Pairs made 40", "20 of 40", "Saved by the tree 40.0 %", "Won without reading 73.0 %",
+        "Rows read 43", "Pairs made 40", "20 of 40", "Saved by the tree 40.0 %",
+        "Guessed without reading 73.0 %",
         "chosen and rejected are the same", "rows.jsonl:41", "x" * 1400,
     ):  # fmt: skip
         assert words in text
@@ -144,6 +144,33 @@ def test_every_picture_copes_without_its_figures(tmp_path):
         assert {picture.name for picture in draw_pictures(audit)} == names
 
 
+def test_findings_of_one_name_have_their_own_files_and_those_without_rows_none(tmp_path):
+    findings = [
+        Finding("odd", "note", 1, 1, "Set `x: 1` and ```.", "", ("a:1",)),
+        Finding("odd", "note", 2, 3, "", "", ("a:2", "a:3")),
+        Finding("whole", "note", 7, 9, "", ""),
+    ]
+    page = Page(write_audit(Audit(findings=findings), tmp_path / "out", title="rows"))
+    assert page.attributes["href"] == ["rows/odd.jsonl", "rows/odd-2.jsonl"]
+    assert len((tmp_path / "out/rows/odd-2.jsonl").read_text().splitlines()) == 2
+    assert "2 of 3" in page.text
+    assert "7 of 9" not in page.text
+    assert page.tags.count("code") == 1
+    assert "Set x: 1 and ```." in page.text
+
+
+def test_several_sources_and_held_out_data_are_told_apart(tmp_path):
+    bad = {"prompt": "x", "chosen": "a", "rejected": "a"}
+    one, two = (write(tmp_path / f"{name}.jsonl", *ROWS, *[bad] * n) for name, n in (("one", 1), ("two", 2)))
+    held_out = write(tmp_path / "held.jsonl", ROWS[0], bad, bad, bad)
+    found = inspect_pairs([one, two], held_out=held_out)
+    assert [each["counts"] for each in found.to_dict()["sources"]] == [{"identical": 1}, {"identical": 2}]
+    text = " ".join(Page(write_audit(found, tmp_path / "out", title="rows")).text.split())
+    assert f"{two} 2, {one} 1" in text
+    assert f"{held_out} (held out)" in text
+    assert len((tmp_path / "out/rows/held_out-identical.jsonl").read_text().splitlines()) == 3
+
+
 def test_an_audit_of_nothing_usable_has_a_page(tmp_path):
     source = write(tmp_path / "rows.jsonl", {"prompt": "x", "chosen": "a", "rejected": "a"})
     text = Page(write_audit(inspect_pairs(source), tmp_path / "out", title="rows")).text
@@ -166,7 +193,7 @@ def test_an_earlier_audit_leaves_nothing_behind_and_other_files_stay(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="this is a file"):
         write_audit(Audit(), tmp_path / "file", title="rows")
 
 
@@ -217,3 +244,6 @@ def test_words():
         ("layers whose arithmetic is not counted", "Conv"),
     ]
     assert cost_rows({}) == []
+    shares = {"English": 0.6, "French": 0.2, "unknown": 0.2}
+    audit = Audit(figures={"languages": {"languages_guessed": {"prompt": shares, "chosen": shares}}})
+    assert languages_in_words(audit) == "English 75%, French 25%"

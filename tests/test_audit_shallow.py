@@ -9,7 +9,13 @@ import torch
 
 from dpo_kit.audit.findings import Audit, Example
 from dpo_kit.audit.inspection import inspect_pairs
-from dpo_kit.audit.shallow import ShallowChecks, fit_logistic, held_out_scores, wilson
+from dpo_kit.audit.shallow import (
+    ShallowChecks,
+    cross_validated_scores,
+    fit_logistic,
+    independent,
+    wilson,
+)
 from dpo_kit.audit.surface import FEATURES, surface
 from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED
 
@@ -59,7 +65,9 @@ def test_a_planted_length_bias_is_found_at_its_size():
     }
     sentence = next(f.sentence for f in found.findings if f.name == "shallow_labels")
     assert "can be won without reading" in sentence
-    assert "'log length'" in sentence or "'log words'" in sentence
+    assert "where chance is 50%" in sentence
+    assert "held-out" not in sentence
+    assert "'length'" in sentence or "'words'" in sentence
     assert sum(part["count"] for part in rule["by_difference"]) == len(examples)
     bounds = [bound for part in rule["by_difference"] for bound in (part["from"], part["to"])]
     assert bounds == sorted(bounds)
@@ -69,7 +77,7 @@ def test_shorter_replies_are_a_bias_too_and_a_sure_rule_is_an_error():
     found = result_of([pair(i, *reversed(e.replies)) for i, e in enumerate(planted(1.0, 300))])
     bias = next(finding for finding in found.findings if finding.name == "length_bias")
     assert bias.severity == "error"
-    assert bias.sentence.startswith("the shorter reply is the preferred one in 100.0% of 300 pairs")
+    assert bias.sentence.startswith("The shorter reply is the preferred one in 100.0% of 300 pairs")
     assert found.figures["length_rule"]["accuracy"] == 1.0
     assert {finding.severity for finding in found.findings if finding.name == "shallow_labels"} == {"error"}
 
@@ -79,10 +87,51 @@ def test_a_small_set_is_not_accused_by_chance():
         pairs = [pair(i, *(("aa", "b") if i < right else ("a", "bb"))) for i in range(count)]
         return [f.severity for f in result_of(pairs).findings if f.name == "length_bias"]
 
-    # 9 of 10 are 0.60 to 0.98, 90 of 100 are 0.83 to 0.94.
-    assert severities(9, 10) == ["note"]
+    # 19 of 19 are too few; 18 of 20 are 0.70 to 0.97, 90 of 100 are 0.83 to 0.94.
+    assert severities(19, 19) == []
+    assert severities(18, 20) == ["warning"]
     assert severities(90, 100) == ["error"]
-    assert severities(6, 10) == []
+    assert severities(12, 20) == []
+
+
+def test_what_is_not_tested_is_said_and_single_features_are_looked_at_all_the_same():
+    row = [pair(0, "yes " * 9 + ".", "no") for _ in range(300)]
+    found = result_of(row)
+    assert found.figures["model"] is None
+    severities = {finding.name: finding.severity for finding in found.findings}
+    assert severities == {
+        "length_bias": "error",
+        "surface_giveaway": "warning",
+        "shallow_not_tested": "note",
+    }
+    (note,) = (f for f in found.findings if f.name == "shallow_not_tested")
+    assert "fewer than 20 different prompts (1)" in note.sentence
+    few = result_of(row[:5])
+    assert [finding.name for finding in few.findings] == ["shallow_not_tested"]
+    assert "fewer than 20 pairs (5)" in few.findings[0].sentence
+
+
+def test_pairs_of_one_prompt_are_worth_less_than_as_many_prompts():
+    # 20 prompts of 50 pairs each, which all agree: as good as 20 pairs.
+    right = np.repeat(np.arange(20) % 10 < 6, 50).astype(float)
+    groups = np.repeat(np.arange(20), 50)
+    assert independent(right, groups) == pytest.approx(19)
+    assert independent(right, np.arange(1000)) == 1000
+    assert independent(np.ones(1000), groups) == 20
+    # Within each prompt as many right as in all: nothing is known better or worse for it.
+    assert independent(np.tile(np.arange(50) % 2, 20).astype(float), groups) == 1000
+    examples = [
+        pair(i // 50, "aa", "b") if i // 50 % 10 < 6 else pair(i // 50, "a", "bb") for i in range(1000)
+    ]
+    assert result_of(examples).figures["length_rule"]["interval"] == pytest.approx(wilson(0.6 * 19, 19))
+
+
+def test_a_feature_in_which_hardly_a_pair_differs_is_left_out():
+    draw = random.Random(0)
+    pairs = [pair(i, text(draw, 30) + " **b**" * (i < 3), text(draw, 30)) for i in range(400)]
+    names = [feature["name"] for feature in result_of(pairs).figures["features"]]
+    assert "bold" not in names
+    assert "length" in names
 
 
 def test_a_length_that_mostly_does_not_differ_is_no_bias():
@@ -115,7 +164,7 @@ def test_a_mark_on_one_side_gives_the_labels_away():
 def test_swapping_the_replies_flips_every_feature_and_nothing_else():
     examples = planted(0.8, 200)
     swapped = [pair(i, *reversed(example.replies)) for i, example in enumerate(examples)]
-    one, other = (result_of(each).figures["model"]["features"] for each in (examples, swapped))
+    one, other = (result_of(each).figures["features"] for each in (examples, swapped))
     assert {f["name"]: -f["coefficient"] for f in one} == pytest.approx(
         {f["name"]: f["coefficient"] for f in other}, abs=1e-9
     )
@@ -128,8 +177,8 @@ def test_surface_by_hand():
     reply = " Sure! See https://a.b:\n- **one** 1\n- two 2"
     found = dict(zip(FEATURES, surface("One or two?", reply).tolist(), strict=True))
     counts = {
-        "log length": len(reply),
-        "log words": 9,
+        "length": len(reply),
+        "words": 9,
         "sentences": 1,
         "new lines": 2,
         "paragraphs": 0,
@@ -179,7 +228,7 @@ def test_the_fit_stays_finite_where_the_labels_are_separable():
 def test_a_model_is_judged_on_prompts_that_it_has_not_seen():
     # Feature k is on in fold k alone and always right there: whoever has not seen the fold knows nothing.
     folds = np.arange(500) % 5
-    scores = held_out_scores(np.eye(5)[folds], folds)
+    scores = cross_validated_scores(np.eye(5)[folds], folds)
     assert np.array_equal(scores, np.zeros(500))
 
 

@@ -1,11 +1,17 @@
 """`dpo-kit data` from the command line: what is printed, what is written, and the exit status."""
 
 import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from pair_files import write
 
 from dpo_kit.audit.findings import SEVERITIES, Audit, Finding
+from dpo_kit.audit.inspection import inspect_pairs
+from dpo_kit.audit.reading import findings_of_reading
 from dpo_kit.audit.show import objections, print_audit
 from dpo_kit.cli import main
 from dpo_kit.cli_options import mapping_of
@@ -69,6 +75,91 @@ def test_strict_is_exit_status_1_and_says_why_last(odd, tmp_path, capsys):
     assert run("inspect", clean, "--strict", "--strict-level", "error") == 0
     assert run("inspect", clean, "--strict", "--strict-level", "bad") == 2
     assert "unknown level 'bad'" in capsys.readouterr().err
+
+
+def test_held_out_data_are_accounted_for_and_objected_to(odd, tmp_path, capsys):
+    clean = write(tmp_path / "clean.jsonl", *ROWS)
+    held_out = write(tmp_path / "held.jsonl", {**ROWS[0], "prompt": "new"}, SAME, {**SAME, "chosen": ""})
+    assert run("inspect", clean, "--eval", held_out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    held = found["held_out"]
+    assert (held["kind"], held["read"], held["kept"]) == ("pairs", 3, 1)
+    assert held["counts"] == {"identical": 1, "empty_completion": 1}
+    assert held["sources"][0]["file"] == str(held_out)
+    assert held["statistics"]["distinct_prompts"] == 1
+    assert (found["read"], found["kept"]) == (20, 20)
+    assert run("inspect", clean, "--eval", held_out) == 0
+    said = flat(capsys.readouterr().out)
+    assert "explicit_prompt 3 1 1" in said
+    assert "[identical, held out]" in said
+    assert run("inspect", clean, "--eval", held_out, "--strict", "--strict-level", "error") == 1
+    assert "2 held-out rows cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", 0),
+        ("--overlong", "nonsense"),
+        ("--max-length", -5),
+        ("--tokenizer", "./nowhere"),
+        ("--model", "./nowhere"),
+    ],
+)
+def test_a_wrong_option_is_exit_status_2_and_named_as_it_is_typed(odd, capsys, option, value):
+    others = ["--tokenizer", "./nowhere"] if option == "--model" else []
+    assert run("inspect", odd, option, value, *others) == 2
+    said = flat(capsys.readouterr().err)
+    assert f"field '{'--tokenizer' if others else option}'" in said
+    assert "model.tokenizer" not in said
+
+
+def test_out_on_a_file_is_refused_before_anything_is_read(odd, tmp_path, capsys):
+    assert run("inspect", tmp_path / "not_there.jsonl", "--out", odd) == 2
+    assert f"{odd}: field '--out': this is a file" in flat(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_json_is_printed_whatever_files_are_called_and_stdout_can_take(tmp_path, encoding):
+    name = os.fsdecode(b"caf\xc3\xa9-\xff.jsonl")
+    file = write(tmp_path / name, *ROWS)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for form in (["--json"], []):
+        done = subprocess.run(
+            [sys.executable, "-m", "dpo_kit", "data", "inspect", file, *form],
+            capture_output=True,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        if form:
+            assert json.loads(done.stdout)["sources"][0]["file"] == str(file)
+
+
+def test_a_long_look_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "a.jsonl", *ROWS * 10)
+    monkeypatch.setattr("dpo_kit.audit.inspection._PULSE", 0.0)
+    assert run("inspect", file) == 0
+    assert "read 65 rows" in capsys.readouterr().err
+    assert run("inspect", file, "--json") == 0
+    assert "read" not in capsys.readouterr().err
+
+
+def test_lost_columns_and_contradicting_scores_are_findings(tmp_path):
+    rows = [{**row, "score_chosen": i % 2, "score_rejected": 1} for i, row in enumerate(ROWS[:4])]
+    file = write(tmp_path / "a.jsonl", *rows)
+    found = inspect_pairs(file)
+    (margins,) = (finding for finding in found.findings if finding.name == "margin_not_positive")
+    assert margins.severity == "warning"
+    assert found.figures["margins"]["not_positive"] == margins.count == len(margins.places)
+    account = SimpleNamespace(
+        sources=[SimpleNamespace(file="a.jsonl", read=9, lost_columns={"context": 7})],
+        remarks=["two shapes fit."],
+        read=9,
+    )
+    lost, remark = findings_of_reading(account, held_out=False)
+    assert (lost.name, lost.severity, lost.count, lost.of) == ("lost_columns", "warning", 7, 9)
+    assert "'context' (7 rows)" in lost.sentence
+    assert (remark.name, remark.severity, remark.sentence) == ("loading_remark", "warning", "two shapes fit.")
 
 
 def test_strictness_has_two_levels():
@@ -150,7 +241,7 @@ def test_split_writes_two_files(tmp_path, capsys):
 
 def test_formats_tells_every_shape(capsys):
     assert run("formats", "--json") == 0
-    found = {shape["name"]: shape for shape in json.loads(capsys.readouterr().out)}
+    found = {shape["name"]: shape for shape in json.loads(capsys.readouterr().out)["formats"]}
     assert found.keys() == FORMATS.keys()
     assert found["explicit_prompt"]["fields"] == ["prompt", "chosen", "rejected"]
     assert run("formats", "--markdown") == 0
@@ -163,7 +254,7 @@ def test_formats_tells_every_shape(capsys):
 
 def test_list_tells_the_catalogue(capsys):
     assert run("list", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["data_sets"]
     assert {entry["format"] for entry in found} <= FORMATS.keys()
     assert run("list") == 0
     said = capsys.readouterr().out

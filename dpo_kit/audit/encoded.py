@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.audit.faults import Fault
 from dpo_kit.audit.findings import Example, Finding, Result
+from dpo_kit.chat import dropped_parts
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.length_policy import LengthPolicy
@@ -52,7 +53,8 @@ class Consumer(Protocol):
 class Encoder:
     """Encodes the rows of training data (not the held-out ones) and hands them to its consumers, in order.
 
-    Figures: `{"rows": seen, "refused": rows that could not be encoded}`. Finding: `refused_by_tokenizer`.
+    Figures: `{"rows": seen, "refused": rows that could not be encoded}`. Finding: `refused_by_tokenizer`, of
+    the refused rows but those of which the template drops a part of a reply: `templates` has those.
     Raises `InputError` for a tokenizer without EOS; for a row never.
     """
 
@@ -69,7 +71,7 @@ class Encoder:
         self._tokenizer, self._policy = tokenizer, policy
         self._consumers, self._template_kwargs = consumers, template_kwargs
         self._waiting: list[Example] = []
-        self._rows = 0
+        self._rows = self._incomplete = 0
         self._refused, self._reasons = Fault(), Counter[str]()
 
     def add(self, example: Example) -> None:
@@ -84,7 +86,7 @@ class Encoder:
         """To be asked for before those of the consumers: it hands them the last rows."""
         self._flush()
         refused = len(self._refused.places)
-        figures = {"rows": self._rows, "refused": refused}
+        figures = {"rows": self._rows, "refused": refused + self._incomplete}
         if not refused:
             return Result((), figures)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(3))
@@ -112,9 +114,19 @@ class Encoder:
                 try:
                     self._hand_on([example])
                 except InputError as error:
+                    if self._loses_of_a_reply(example):
+                        self._incomplete += 1
+                        continue
                     reason = _reason(example, error)
                     self._reasons[reason] += 1
                     self._refused.add(example, 0, {"reason": reason})
+
+    def _loses_of_a_reply(self, example: Example) -> bool:
+        try:
+            dropped = dropped_parts(example.row, self._tokenizer, self._template_kwargs)
+        except InputError:
+            return False
+        return any(re.split(r"[.\[]", part)[0] in example.kind.replies for part in dropped)
 
     def _hand_on(self, examples: list[Example]) -> None:
         rows = [example.row for example in examples]

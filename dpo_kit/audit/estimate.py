@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_kit.capacity import LEAST_TOKENS
+from dpo_kit.errors import InputError
 from dpo_kit.examples import Example
 from dpo_kit.models import load_config, load_model
 from dpo_kit.roofline import count_work, largest_sizes, matmul_rates
@@ -104,9 +105,31 @@ def estimate(
 
 
 def model_fields(source: ModelSource) -> dict[str, Any]:
-    """A model's configuration as fields; raises `InputError` where there is none."""
-    config = load_config(source)
-    return source if isinstance(source, dict) else config.to_dict()
+    """A model's configuration as fields, those that it leaves out too; raises `InputError` for none."""
+    return load_config(source).to_dict()
+
+
+def fields_of_sound_model(source: ModelSource) -> dict[str, Any]:
+    """`model_fields` of which a model can be made; raises `InputError`, field `model`, where none can be."""
+    try:
+        fields = model_fields(source)
+        layers = fields.get("num_hidden_layers", 1)
+        if layers < 1:
+            raise ValueError(f"num_hidden_layers is {layers}")
+        with torch.device("meta"):
+            load_model(fields)
+    except InputError as error:
+        raise InputError(error.problem, file=error.file, field="model", mend=error.mend) from error
+    except Exception as error:  # whatever a family's own code raises at sizes that do not go together
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        file = None if isinstance(source, dict) else source
+        raise InputError(
+            f"no causal LM can be made of this configuration: {reason}",
+            file=file,
+            field="model",
+            mend="See its config.json",
+        ) from error
+    return fields
 
 
 def kept_per_token(fields: dict[str, Any], *, bf16: bool = False) -> float | None:

@@ -174,7 +174,17 @@ class Account:
 
     def add(self, name: str, example: Example, where: int, what: Mapping[str, str] | None = None) -> None:
         """A row with the fault of this name, as `Fault.add` takes it."""
-        fault = self.faults.setdefault(name, Fault())
+        self.add_to(self.faults.setdefault(name, Fault()), name, example, where, what)
+
+    def add_to(
+        self,
+        fault: Fault,
+        name: str,
+        example: Example,
+        where: int,
+        what: Mapping[str, str] | None = None,
+    ) -> None:
+        """The same for a fault that is kept elsewhere, under a name that no other has."""
         fault.add_row(example, what)
         fault.add_texts(self._new(name, example, where) if example.kind == PAIRS else where)
 

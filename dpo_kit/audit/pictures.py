@@ -29,6 +29,8 @@ _COLOURS = {
     "rejected": VERMILION, "undesirable": VERMILION, "other": VERMILION, "whole": GREEN,
 }  # fmt: skip
 _MOST_BARS = 12
+# Rows that a picture of their kinds is drawn for.
+_LEAST_ROWS = 3
 _NAME_CHARACTERS = 30
 # The share that is not of the most frequent kind.
 _WORTH_A_PICTURE = 0.01
@@ -128,47 +130,58 @@ def _span(low: float, high: float) -> str:
 
 
 def _features(axes: Axes, audit: Audit) -> bool:
-    model = _figures(audit, "shallow", "model")
-    features = (model.get("features") or [])[:_MOST_BARS]
+    """What each feature tells by itself. Coefficients of a model would mislead: features go together."""
+    shallow = audit.figures.get("shallow") or {}
+    features = (shallow.get("features") or [])[:_MOST_BARS]
     if not features:
         return False
-    values = [feature["coefficient"] for feature in features]
-    colours = [BLUE if value > 0 else VERMILION for value in values]
-    _bars(axes, [feature["name"] for feature in features], values, colours, lambda value: f"{value:+.2f}")
-    axes.axvline(0, color=GREY, linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.set_xlabel(
-        f"coefficient: more of it wins (+) or loses (−). All together: {model['accuracy']:.1%} right"
-    )
+    more = [feature["accuracy"] >= 0.5 for feature in features]
+    names = [f"{'more' if m else 'less'}: {_name(f['name'])}" for m, f in zip(more, features, strict=True)]
+    values = [max(feature["accuracy"], 1 - feature["accuracy"]) - 0.5 for feature in features]
+    colours = [BLUE if each else VERMILION for each in more]
+    _bars(axes, names, values, colours, lambda value: f"{value + 0.5:.1%}", start=0.5)
+    axes.set_xlim(0.5, max(0.6, 0.5 + 1.25 * max(values)))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    model = shallow.get("model")
+    together = f"; all together: {model['accuracy']:.1%}" if model else ""
+    axes.set_xlabel(f"preferred reply guessed right by it alone (chance 50%{together})")
     axes.xaxis.label.set_fontsize(8)
     return True
 
 
 def _left_out(axes: Axes, audit: Audit) -> bool:
+    if sum(audit.counts.values()) < _LEAST_ROWS:
+        return False
     return _counts(axes, audit.counts, "rows", VERMILION)
 
 
 def _stay(axes: Axes, audit: Audit) -> bool:
     found = {int(length): rows for length, rows in _figures(audit, "tokens", "stay").items()}
-    if not found:
-        return False
+    total = max(found.values(), default=0)
     lengths = sorted(found)
-    total = max(audit.made, *found.values())
+    if not found or found[lengths[0]] == total:
+        return False
     axes.plot(lengths, [found[length] / total for length in lengths], marker="o", markersize=4, color=BLUE)
+    own = _figures(audit, "tokens", "policy").get("max_length")
+    if own in found:
+        label = f"max_length {own:,}: {found[own] / total:.1%}"
+        axes.axvline(own, color=GREEN, linestyle="--", linewidth=1.4, label=label)
+        axes.legend(fontsize=8, frameon=False, loc="lower center")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths], fontsize=8)
+    powers = [length for length in lengths if length & (length - 1) == 0]
+    axes.set_xticks(powers, [f"{length:,}" for length in powers], fontsize=8)
     axes.minorticks_off()
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("max_length, tokens")
-    axes.set_ylabel(f"share of {total:,} that stay")
+    axes.set_xlabel("limit, tokens of prompt and reply")
+    axes.set_ylabel(f"share of {total:,} within it")
     return True
 
 
 def _cost(axes: Axes, audit: Audit) -> bool:
     cost = audit.figures.get("cost") or {}
     names = {
-        "padded": "padded batches",
+        "padded": "padded,\n8 rows at a time",
         "separate": "sequences apart",
         "distinct": "token tree\n(dpo_kit)",
     }
@@ -224,6 +237,8 @@ def _rows_per_prompt(axes: Axes, audit: Audit) -> bool:
     bars = axes.bar(list(counts), list(counts.values()), color=BLUE, width=0.75)
     axes.bar_label(bars, [f"{value:,}" for value in counts.values()], fontsize=8, color="#374151")
     axes.set_yscale("log")
+    axes.set_ylim(0.5, 3 * max(counts.values()))
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("rows that a prompt has")
     axes.set_ylabel("prompts")
@@ -237,8 +252,9 @@ def _counts(axes: Axes, counts: Mapping[str, float], what: str, colour: str) -> 
     shown, rest = ordered[:_MOST_BARS], ordered[_MOST_BARS:]
     if rest:
         shown[-1:] = [("others", shown[-1][1] + sum(value for _, value in rest))]
-    names, values = [name for name, _ in shown], [value for _, value in shown]
+    names, values = [_name(name) for name, _ in shown], [value for _, value in shown]
     _bars(axes, names, values, [colour] * len(shown), lambda value: f"{value:,.0f}")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.set_xlabel(what)
     return True
 
@@ -249,12 +265,13 @@ def _bars(
     values: Sequence[float],
     colours: Sequence[str],
     form: Callable[[float], str],
+    start: float = 0.0,
 ) -> None:
-    """Horizontal bars, the first on top, each with its value behind it."""
+    """Horizontal bars from `start` on, the first on top, each with its value behind it."""
     places = list(range(len(names)))
-    bars = axes.barh(places, values, color=colours, height=0.7)
+    bars = axes.barh(places, values, left=start, color=colours, height=0.7)
     axes.bar_label(bars, [form(value) for value in values], padding=4, fontsize=8, color="#374151")
-    axes.set_yticks(places, [_name(name) for name in names], parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     # A few bars do not grow to fill the picture.
     axes.set_ylim(max(len(names), 4) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")

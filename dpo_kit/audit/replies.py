@@ -140,7 +140,7 @@ class Replies:
             if reply[-1].isspace():
                 found[side, "end"] = reply[-_COMPARED:]
         for edge, piece in found.items():
-            self._edges[edge].add(example, edge[0], {"what": repr(piece)})
+            self._account.add_to(self._edges[edge], str(edge), example, edge[0], {"what": repr(piece)})
 
     def _look_at_openings(self, example: Example, bare: list[str], sides: Sequence[int]) -> None:
         found: dict[str, int] = {}
@@ -148,7 +148,7 @@ class Replies:
             for name in openings_of(reply):
                 found[name] = found.get(name, 0) | side
         for name, where in found.items():
-            self._openings[name].add(example, where)
+            self._account.add_to(self._openings[name], name, example, where)
 
     def _look_at_turns(self, example: Example) -> None:
         turns = turns_of(example)
@@ -192,7 +192,7 @@ class Replies:
         names = side_names(account.kind)
         for end, verb in (("start", "begin"), ("end", "end")):
             first, second = self._edges[PREFERRED, end], self._edges[OTHER, end]
-            counts = len(first.places), len(second.places)
+            counts = first.preferred, second.other
             totals = account.with_preferred, account.with_other
             # Where all replies do it, it is the space that parts them from their prompt.
             if not sum(counts) or counts == totals:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from itertools import islice
 from typing import Any
 
 from rich.console import Console, Group
@@ -13,14 +11,23 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_kit.audit.findings import SEVERITIES, Audit, Finding
-from dpo_kit.audit.words import cost_rows, plural, short_places, visible
+from dpo_kit.audit.words import (
+    LENGTH_COLUMNS,
+    accounts,
+    by_source_in_words,
+    cost_rows,
+    facts,
+    left_out,
+    length_rows,
+    plural,
+    short_places,
+    token_rows,
+    visible,
+)
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.schema import KINDS
-from dpo_kit.pairs.statistics import Spread
 from dpo_kit.pairs.tally import FIRST_PLACES
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
-_RANKS = {"5": "p5", "25": "p25", "50": "median", "75": "p75", "95": "p95", "99": "p99", "100": "max"}
 
 
 def print_audit(audit: Audit, console: Console | None = None) -> None:
@@ -39,15 +46,21 @@ def require_level(level: str) -> None:
 
 
 def objections(audit: Audit, level: str = "warning") -> list[str]:
-    """Why `--strict` does not let the data pass: rows that cannot be used, findings of the level or graver.
+    """Why `--strict` does not let the data pass: rows that cannot be used (held-out ones too),
+    findings of the level or graver.
 
     Raises `InputError` as `require_level` does.
     """
     require_level(level)
     grave = [finding for finding in audit.findings if _rank(finding.severity) <= _rank(level)]
     named = [f"{finding.severity} {finding.name} ({finding.count:,})" for finding in grave]
-    rows = len({str(problem.place) for problem in audit.unusable})
-    return [f"{plural(rows, 'row')} cannot be used", *named] if rows else named
+    unusable = []
+    for account in accounts(audit):
+        rows = len({str(problem.place) for problem in account.unusable})
+        which = "row" if account is audit else "held-out row"
+        if rows:
+            unusable.append(f"{plural(rows, which)} cannot be used")
+    return [*unusable, *named]
 
 
 def _rank(severity: str) -> int:
@@ -78,30 +91,32 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _sources(audit: Audit) -> Table:
     table = _table("Sources", "source", "format", "read", "kept", "made", left=2)
-    for source in audit.sources:
-        name = Text(visible(source.file))
-        if source.unused_columns:
-            name.append(f"\ncolumns not used: {visible(', '.join(source.unused_columns))}", "dim")
-        table.add_row(name, source.format, *(f"{n:,}" for n in (source.read, source.kept, source.made)))
-    if len(audit.sources) > 1:
+    for account in accounts(audit):
+        for source in account.sources:
+            name = Text(visible(source.file)).append("" if account is audit else " (held out)", "dim")
+            if source.unused_columns:
+                name.append(f"\ncolumns not used: {visible(', '.join(source.unused_columns))}", "dim")
+            table.add_row(name, source.format, *(f"{n:,}" for n in (source.read, source.kept, source.made)))
+        if len(account.sources) > 1:
+            whole = "all" if account is audit else "all held out"
+            table.add_section()
+            table.add_row(whole, "", *(f"{n:,}" for n in (account.read, account.kept, account.made)))
         table.add_section()
-        table.add_row("all", "", *(f"{n:,}" for n in (audit.read, audit.kept, audit.made)))
-    if audit.ignored:
-        table.caption = Text(f"ignored files: {visible(', '.join(audit.ignored))}", "dim")
+    if ignored := [file for account in accounts(audit) for file in account.ignored]:
+        table.caption = Text(f"ignored files: {visible(', '.join(ignored))}", "dim")
     return table
 
 
 def _left_out(audit: Audit) -> Group | None:
-    if not audit.problems:
-        return None
     lines = []
-    for kind, count in audit.counts.items():
-        found = (str(problem.place) for problem in audit.problems if problem.kind == kind)
-        line = Text.assemble((f"{count:,} ", "bold"), KINDS[kind].message, (f" [{kind}]", "dim"))
-        lines.append(
-            Padding(line.append("\n").append(_places(list(islice(found, FIRST_PLACES)), count)), (0, 0, 1, 1))
-        )
-    return Group(Text("Left out", "bold italic"), *lines)
+    for reason in left_out(audit):
+        kind = f" [{reason.kind}{', held out' if reason.held_out else ''}]"
+        line = Text.assemble((f"{reason.count:,} ", "bold"), reason.message, (kind, "dim"))
+        if by_source := by_source_in_words(reason):
+            line.append(f"\n{by_source}")
+        places = _places(reason.places[:FIRST_PLACES], reason.count)
+        lines.append(Padding(line.append("\n").append(places), (0, 0, 1, 1)))
+    return Group(Text("Left out", "bold italic"), *lines) if lines else None
 
 
 def _places(places: Sequence[str], count: int) -> Text:
@@ -113,30 +128,19 @@ def _lengths(audit: Audit) -> Group | Text:
     if seen is None:
         return Text("No row can be used.", "bold red")
     assert audit.kind is not None
-    table = _table(f"Characters of {audit.made:,} {audit.kind.rows}", "part", "median", "p95", "max")
-    facts = []
-    for field in fields(seen):
-        value, name = getattr(seen, field.name), field.name.replace("_", " ")
-        if isinstance(value, Spread) and field.name.endswith("_characters"):
-            row = f"{value.median:,.0f}", f"{value.p95:,}", f"{value.max:,}"
-            table.add_row(name.removesuffix(" characters"), *row)
-        elif isinstance(value, Spread):
-            facts.append(f"{name} of a list: {value.median:,.0f} (median), {value.max:,} (max)")
-        elif isinstance(value, float):
-            facts.append(f"{name.removesuffix(' share')}: {value:.1%}")
-        elif isinstance(value, int):
-            facts.append(f"{name}: {value:,}")
-    return Group(table, Padding(Text("   ".join(facts)), (0, 0, 1, 1)))
+    table = _table(f"Characters of {audit.made:,} {audit.kind.rows}", *LENGTH_COLUMNS)
+    for row in length_rows(seen):
+        table.add_row(*row)
+    return Group(table, Padding(Text("   ".join(facts(audit))), (0, 0, 1, 1)))
 
 
 def _tokens(audit: Audit) -> Table | None:
-    lengths = audit.figures.get("tokens", {}).get("lengths") or {}
-    if not lengths:
+    if (found := token_rows(audit)) is None:
         return None
-    ranks = list(next(iter(lengths.values()))["percentiles"])
-    table = _table("Tokens", "part", *(_RANKS.get(str(rank), str(rank)) for rank in ranks))
-    for part, found in lengths.items():
-        table.add_row(part, *(f"{found['percentiles'].get(rank, 0):,.0f}" for rank in ranks))
+    columns, rows = found
+    table = _table("Tokens", *columns)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -53,8 +53,8 @@ _PRESENT = {
     "ends with white space": re.compile(r"\s\Z"),
 }
 FEATURES = (
-    "log length",
-    "log words",
+    "length",
+    "words",
     "different words",
     "words of the prompt",
     "opens as the prompt",

@@ -16,13 +16,17 @@ from dpo_kit.audit.findings import Example, Finding, Result, Severity
 from dpo_kit.chat import THINK, dropped_parts
 from dpo_kit.errors import InputError
 
+# What stands below these has names that the data give.
+_NAMED_BY_DATA = re.compile(r"(\.(?:arguments|parameters))[.\[].*")
+
 
 class TemplateChecks:
     """Parts of conversations that the chat template does not write out.
 
     A part is known by its name without numbers, and content by its role: `prompt[2].tool_calls` is
-    `prompt[].tool_calls`, a system turn's `prompt[0].content` is `prompt[system].content`. Rows that the
-    template refuses are the encoder's to tell of (`encoded`).
+    `prompt[].tool_calls`, a system turn's `prompt[0].content` is `prompt[system].content`; names that the
+    data give (of arguments and of parameters) are left off. Rows that the template refuses are the encoder's
+    to tell of (`encoded`).
 
     Figures: `{"rows": rows of messages or with tools, "dropped": {part: rows}}`. Findings: for each part
     `dropped_by_template`; an error where it is a part of a preferred reply (the model is not trained on what
@@ -49,7 +53,7 @@ class TemplateChecks:
         except InputError:
             return
         places: dict[str, list[str]] = {}
-        for place in dropped:
+        for place in dict.fromkeys(dropped):
             places.setdefault(_part(row, place), []).append(place)
         for part, found in places.items():
             fault = self._faults.setdefault(part, Fault())
@@ -71,8 +75,8 @@ class TemplateChecks:
         if fault.preferred:
             severity = "error"
             advice = (
-                "The model is trained on less than what was judged: write the part into the content, or use "
-                "a template that knows it."
+                "A run stops at such a row, where less would be trained on than what was judged: write the "
+                "part into the content, or use a template that knows it."
             )
         elif part.startswith("prompt") and part.endswith(THINK):
             severity = "note"
@@ -82,7 +86,7 @@ class TemplateChecks:
             severity,
             count,
             self._rows,
-            f"the chat template leaves out '{part}' of {count:,} of {self._rows:,} rows of messages "
+            f"The chat template leaves out '{part}' of {count:,} of {self._rows:,} rows of messages "
             f"({share_in_words(count, self._rows)}).",
             advice,
             tuple(fault.places),
@@ -96,7 +100,7 @@ def _part(row: Mapping[str, Any], place: str) -> str:
     if turn and isinstance(row["prompt"], list):
         role = row["prompt"][int(turn[1])]["role"]
         place = place.replace(f"[{turn[1]}]", f"[{role}]", 1)
-    return re.sub(r"\[\d+\]", "[]", place)
+    return _NAMED_BY_DATA.sub(r"\1", re.sub(r"\[\d+\]", "[]", place))
 
 
 def _side(example: Example, part: str) -> int:

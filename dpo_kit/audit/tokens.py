@@ -27,7 +27,6 @@ from dpo_kit.audit.findings import Example, Finding, Result, Severity
 from dpo_kit.length_policy import LengthPolicy
 
 PARTS = ("prompt", "chosen", "rejected", "whole")
-LENGTHS = (512, 1024, 2048, 4096, 8192)
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 _BINS = 30
 # Prose takes 3 to 5 bytes a token in a vocabulary that knows its language, code 2.5 to 4; Chinese in GPT-2's
@@ -60,19 +59,23 @@ _WORDS = {
     ),
     "overlong": (
         "are longer than {max_length} tokens and are left out of training",
-        "Raise max_length, or cut with overlong: cut_prompt_left.",
+        "Raise `max_length`, or cut with `overlong: cut_prompt_left`.",
+    ),
+    "overlong_although_cut": (
+        "are longer than {max_length} tokens, leave no room for a prompt and are left out of training",
+        "Their replies alone are too long: raise `max_length`.",
     ),
     "prompt_too_long": (
         "have a prompt of {max_length} tokens or more and are left out of training",
-        "Raise max_length.",
+        "Raise `max_length`.",
     ),
     "cut_prompt": (
         "are longer than {max_length} tokens and lose the beginning of their prompt",
-        "Raise max_length, or leave them out with overlong: drop.",
+        "Raise `max_length`, or leave them out with `overlong: drop`.",
     ),
     "cut_completion": (
         "are longer than {max_length} tokens and lose the end of a reply",
-        "A policy learns to be cut off: raise max_length, or leave them out with overlong: drop.",
+        "A policy learns to be cut off: raise `max_length`, or leave them out with `overlong: drop`.",
     ),
     "empty_prompt": (
         "have a prompt without a single token and are left out of training",
@@ -98,9 +101,9 @@ class TokenChecks:
     Figures: `{"rows": N, "lengths": {"prompt" | "chosen" | "rejected" | "whole": {"percentiles": {"5", "25",
     "50", "75", "95", "99", "max"} (nearest rank), "histogram": {"edges" (30 bins or fewer, in geometric
     progression: for a logarithmic axis), "counts"}}} (parts without a reply are left out), "by_source":
-    {source: {part: percentiles}}, "stay": {"512": rows of at most so many tokens, ...}, "policy":
-    {"max_length", "overlong", "outcomes": {outcome: rows}}, "replies": {"chosen_mean", "rejected_mean",
-    "longer_chosen" (share of pairs of unequal length, first reply against second; None: no such)},
+    {source: {part: percentiles}}, "stay": {"512": rows of at most so
+    many tokens, ...} (of `limits_around`), "policy":
+    {"max_length", "overlong", "outcomes": {outcome: rows}}, "replies": {"chosen_mean", "rejected_mean"},
     "bytes_per_token" (of replies, their end tokens apart), "bytes_by_source", "unknown_share" (of tokens),
     "special_tokens": [{"token", "special", "prompt", "chosen", "rejected" (texts that hold it)}]}`.
 
@@ -119,7 +122,7 @@ class TokenChecks:
         self._bytes: Counter[str] = Counter()
         self._reply_tokens: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
-        self._tokens = self._unknown_tokens = self._first_longer = self._unequal = self._rows = 0
+        self._tokens = self._unknown_tokens = self._rows = 0
         self._faults = {name: Fault() for name in _WORDS}
 
     def add(self, example: Example) -> None:
@@ -138,9 +141,6 @@ class TokenChecks:
             lengths["chosen" if side == PREFERRED else "rejected"].append(len(ids))
             self._bytes[example.source] += len(text.encode())
             self._reply_tokens[example.source] += len(ids) - 1
-        if len(replies) == 2 and len(replies[0]) != len(replies[1]):
-            self._unequal += 1
-            self._first_longer += len(replies[0]) > len(replies[1])
         self._look_at_texts(example, sides)
         self._look_at_ids(row, sides)
 
@@ -199,7 +199,10 @@ class TokenChecks:
                 source: {part: _percentiles(_together([lengths[part]])) for part in PARTS if lengths[part]}
                 for source, lengths in self._lengths.items()
             },
-            "stay": {str(limit): int((together["whole"] <= limit).sum()) for limit in LENGTHS},
+            "stay": {
+                str(limit): int((together["whole"] <= limit).sum())
+                for limit in limits_around(together["whole"], self._policy.max_length)
+            },
             "policy": {
                 "max_length": self._policy.max_length,
                 "overlong": self._policy.overlong,
@@ -208,7 +211,6 @@ class TokenChecks:
             "replies": {
                 "chosen_mean": _mean(together["chosen"]),
                 "rejected_mean": _mean(together["rejected"]),
-                "longer_chosen": self._first_longer / self._unequal if self._unequal else None,
             },
             "bytes_per_token": self._bytes.total() / max(self._reply_tokens.total(), 1),
             "bytes_by_source": {s: self._bytes[s] / max(self._reply_tokens[s], 1) for s in self._lengths},
@@ -222,7 +224,8 @@ class TokenChecks:
             count = len(fault.places)
             if not count:
                 continue
-            said, advice = _WORDS[name]
+            cuts = name == "overlong" and self._policy.overlong != "drop"
+            said, advice = _WORDS["overlong_although_cut" if cuts else name]
             sentence = (
                 f"{count:,} of {self._rows:,} rows ({share_in_words(count, self._rows)}) "
                 f"{said.format(max_length=self._policy.max_length)}"
@@ -300,6 +303,16 @@ class _TextScan:
             }
             for token, sides in sorted(self._counts.items(), key=lambda item: -item[1].total())
         ]
+
+
+def limits_around(lengths: npt.NDArray[np.int64], max_length: int | None) -> list[int]:
+    """Limits worth a thought: powers of two from the median to what keeps all, and the one that is set."""
+    median, longest = int(np.median(lengths)), int(lengths.max())
+    powers = range(max(median.bit_length() - 1, 0), (longest - 1).bit_length() + 1)
+    limits = {2**power for power in powers}
+    if max_length is not None and max_length <= 2 * max(limits):
+        limits.add(max_length)
+    return sorted(limits)
 
 
 def _severity(name: str, fault: Fault, share: float) -> Severity:
