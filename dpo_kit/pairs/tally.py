@@ -162,7 +162,7 @@ class PairsReport:
         by_option = "; ".join(words[kind] for kind in words if KINDS[kind].by_option)
         rows = len({str(problem.place) for problem in self.unusable})
         lines = [f"{rows} of {self.read} rows cannot be used: {unusable}"] if unusable else []
-        return ". ".join([*lines, f"Left out by the options: {by_option}"] if by_option else lines)
+        return ". ".join([*lines, f"By the options: {by_option}"] if by_option else lines)
 
     def worth_knowing(self) -> list[str]:
         """The remarks, and for each source what of its prompts may be lost, with the mend."""
