@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_kit.cli_options import Json, Sources, with_load_options
+from dpo_kit.cli_options import Json, Sources, say, with_load_options
 from dpo_kit.data_cli import data_app
 from dpo_kit.pairs.options import LoadOptions
 
@@ -60,12 +60,12 @@ def train(
     loaded = Recipe.load(recipe, overrides or [])
     # A reward of the user's own may print; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_recipe(loaded, resume=resume, say=_silent if as_json else _say)
+        result = run_recipe(loaded, resume=resume, say=_silent if as_json else say)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
     _print_summary(result.summary)
-    _say(f"run folder: {result.folder}" + (f"   report: {result.page}" if result.page else ""))
+    say(f"run folder: {result.folder}" + (f"   report: {result.page}" if result.page else ""))
 
 
 @app.command()
@@ -94,7 +94,7 @@ def logps(
         dtype=dtype,
         max_length=max_length,
         token_budget=tokens,
-        say=_say,
+        say=say,
     )
 
 
@@ -124,7 +124,7 @@ def bench(
 
     loaded = None if recipe is None else Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        found = run_bench(loaded, steps=steps, out=out, say=_silent if as_json else _say)
+        found = run_bench(loaded, steps=steps, out=out, say=_silent if as_json else say)
     if as_json:
         print(json.dumps(found))
     else:
@@ -161,7 +161,7 @@ def cache_fill(
 
     loaded = Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        figures = fill_cache(loaded, say=_silent if as_json else _say)
+        figures = fill_cache(loaded, say=_silent if as_json else say)
     if as_json:
         print(json.dumps(figures))
 
@@ -189,7 +189,7 @@ def cache_verify(cache_dir: CacheDir = None) -> None:
     damaged = [(path, problem) for path, problem in found if problem]
     for path, problem in damaged:
         print(f"{path}: {problem}")
-    _say(f"{len(found)} shards, {len(damaged)} damaged")
+    say(f"{len(found)} shards, {len(damaged)} damaged")
     if damaged:
         raise typer.Exit(1)
 
@@ -214,7 +214,7 @@ def cache_prune(
     for path, _ in removed:
         print(path)
     did = "would be removed" if dry_run else "removed"
-    _say(f"{did}: {len(removed)} files, {sum(size for _, size in removed):,} bytes")
+    say(f"{did}: {len(removed)} files, {sum(size for _, size in removed):,} bytes")
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
@@ -267,16 +267,12 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _silent(line: str) -> None:
     """Nothing: a program reads the output."""
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {message}")
+    say(f"warning: {message}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -297,15 +293,15 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        _say("interrupted (train --resume goes on from the newest checkpoint)")
+        say("interrupted (train --resume goes on from the newest checkpoint)")
         sys.exit(130)
     except DpoKitError as error:
         if _debug:
             traceback.print_exc()
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(error.exit_status)
     except Exception as error:
         if _debug:
             traceback.print_exc()
-        _say(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)")
+        say(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)")
         sys.exit(1)

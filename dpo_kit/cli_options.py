@@ -53,6 +53,11 @@ def naming_options() -> Iterator[None]:
         ) from error
 
 
+def say(line: str) -> None:
+    """A line to the user, beside what stdout is for."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def print_json(value: Any) -> None:
     """Print one line of JSON, in ASCII where stdout cannot take its characters."""
     text = json.dumps(value, ensure_ascii=False)

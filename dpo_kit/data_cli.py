@@ -17,6 +17,7 @@ from dpo_kit.cli_options import (
     Sources,
     naming_options,
     print_json,
+    say,
     take_any_text,
     with_load_options,
 )
@@ -74,7 +75,7 @@ def inspect(
             max_length=max_length,
             overlong=overlong,
             batch_size=batch_size,
-            progress=None if as_json else lambda rows: _say(f"read {rows:,} rows"),
+            progress=None if as_json else lambda rows: say(f"read {rows:,} rows"),
             **loading,
         )
         grave = objections(found, strict_level) if strict else []
@@ -85,9 +86,9 @@ def inspect(
         take_any_text()
         print_audit(found)
     if page:
-        _say(f"page: {page}")
+        say(f"page: {page}")
     if grave:
-        _say(f"strict: {'; '.join(grave)}")
+        say(f"strict: {'; '.join(grave)}")
         raise typer.Exit(1)
 
 
@@ -128,8 +129,8 @@ def convert(
     if as_json:
         print_json({"out": str(out), **report.to_dict()})
         return
-    _say(report.summary())
-    _say(f"wrote {report.made:,} rows to {out}")
+    say(report.summary())
+    say(f"wrote {report.made:,} rows to {out}")
 
 
 @data_app.command("split")
@@ -161,9 +162,9 @@ def split(
         }
         print_json({**sides, **found.report.to_dict()})
         return
-    _say(found.report.summary())
-    _say(f"wrote {found.train_rows:,} rows of {found.train_prompts:,} prompts to {train}")
-    _say(f"wrote {found.held_out_rows:,} rows of {found.held_out_prompts:,} prompts to {held_out}")
+    say(found.report.summary())
+    say(f"wrote {found.train_rows:,} rows of {found.train_prompts:,} prompts to {train}")
+    say(f"wrote {found.held_out_rows:,} rows of {found.held_out_prompts:,} prompts to {held_out}")
 
 
 @data_app.command("list")
@@ -197,7 +198,3 @@ def list_formats(
     else:
         take_any_text()
         print_records(shapes())
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

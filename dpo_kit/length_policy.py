@@ -6,10 +6,14 @@ import difflib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dpo_kit.encoding import Ids
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.kinds import LISTS, UNPAIRED, Kind
+
+if TYPE_CHECKING:
+    # What imports transformers, which takes seconds: a length is checked without it.
+    from dpo_kit.encoding import Ids
 
 OVERLONG = ("drop", "cut_prompt_left", "cut_completion_right")
 DROPPED = ("overlong", "prompt_too_long", "empty_prompt", "identical_after_tokenisation", "all_tied")
@@ -51,6 +55,8 @@ class LengthPolicy:
     def apply(self, ids: Ids, bos_id: int | None = None) -> tuple[Ids | None, str]:
         """-> the row's ids as they are kept (None: left out), and `kept` or one of `CUT` or `DROPPED`."""
         prompt, replies = ids
+        if not prompt:
+            return None, "empty_prompt"
         longest = max(map(len, replies))
         if self.max_length is None or len(prompt) + longest <= self.max_length:
             return ids, "kept"
@@ -72,7 +78,7 @@ def outcome_of(
 ) -> tuple[Ids | None, str]:
     """-> a row's ids as they are kept (those given, where whole; None: left out), and `kept` or one of `CUT`
     or `DROPPED`. `scores` are of a list."""
-    kept, outcome = policy.apply(ids, bos_id) if ids[0] else (None, "empty_prompt")
+    kept, outcome = policy.apply(ids, bos_id)
     if kept is None or kind == UNPAIRED:
         return kept, outcome
     if all(reply == kept[1][0] for reply in kept[1]):

@@ -11,9 +11,10 @@ from pair_files import write
 from dpo_kit.audit import Audit, Finding, inspect_pairs
 from dpo_kit.audit.page import write_audit
 from dpo_kit.audit.pictures import draw_pictures
-from dpo_kit.audit.words import cost_rows, languages_in_words, short_places, visible
+from dpo_kit.audit.words import cost_rows, languages_in_words, visible
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.statistics import Gatherer
+from dpo_kit.pairs.tally import short_places
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>\x1b[31m $x$ {{ 7*7 }}"
 ROWS = [

@@ -264,7 +264,7 @@ def _unfit(name: str, fault: Fault, of: int, said: str, advice: str, severity: S
     count = len(fault.places)
     if count:
         sentence = f"{count:,} of {of:,} rows ({share_in_words(count, of)}) {said}."
-        yield Finding(name, severity, count, of, sentence, advice, tuple(fault.places), tuple(fault.examples))
+        yield fault.finding(name, severity, of, sentence, advice)
 
 
 def _tokens(row: Encoded) -> Tokens:

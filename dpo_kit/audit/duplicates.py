@@ -18,11 +18,11 @@ import numpy as np
 
 from dpo_kit.audit.faults import EXAMPLES, Places, agreeing, share_in_words, shown
 from dpo_kit.audit.findings import Example, Finding, Result, Severity
-from dpo_kit.audit.identity import LAST_WORDS, Came, digest, digest_of_row, words_in_context
+from dpo_kit.audit.identity import LAST_WORDS, Came, digest, words_in_context
 from dpo_kit.audit.minhash import HASHES, NEAR, Compared, Signatures, near_groups
 from dpo_kit.audit.preferences import both_orders, on_cycles
-from dpo_kit.pairs.kinds import LISTS, PAIRS, UNPAIRED, Kind
-from dpo_kit.pairs.statistics import CONTEXT
+from dpo_kit.pairs.kinds import CONTEXT, LISTS, PAIRS, UNPAIRED, Kind
+from dpo_kit.pairs.statistics import content_of
 
 # Rows whose texts are kept for examples: so many of the first ones, of training and held-out data each. And
 # behind them, of those with each digest that came before, so many.
@@ -83,7 +83,7 @@ class Duplicates:
             self._end_signatures.add(words[-LAST_WORDS:])
         self._prompt_signature.append(len(self._prompt_signatures) - 1)
         self._prompts.append(self._last_digest)
-        self._whole.append(digest_of_row(row, example.kind))
+        self._whole.append(digest(content_of(row, example.kind)))
         parts = example.kind.parts(row).values()
         words_of_replies = [words_in_context(row, reply) for reply in parts]
         replies = [digest(b" ".join(words), self._last_digest) for words in words_of_replies]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.audit.faults import Fault
-from dpo_kit.audit.findings import Example, Finding, Result
+from dpo_kit.audit.findings import Example, Result
 from dpo_kit.chat import dropped_parts
 from dpo_kit.encoding import Ids, encode_replies, require_eos
 from dpo_kit.errors import InputError
@@ -90,16 +90,13 @@ class Encoder:
         if not refused:
             return Result((), figures)
         reasons = "; ".join(f"{reason} ({count})" for reason, count in self._reasons.most_common(3))
-        finding = Finding(
+        finding = self._refused.finding(
             "refused_by_tokenizer",
             "error",
-            refused,
             self._rows,
             f"{refused:,} of {self._rows:,} rows cannot be made into token ids: {reasons}.",
             "A run stops at the first of them: change the messages to what the model's chat template "
             "accepts, or use another template.",
-            tuple(self._refused.places),
-            tuple(self._refused.examples),
         )
         return Result((finding,), figures)
 
@@ -132,10 +129,7 @@ class Encoder:
         rows = [example.row for example in examples]
         encoded = encode_replies(rows, self._tokenizer, self._template_kwargs)
         for example, (ids, inexact) in zip(examples, encoded, strict=True):
-            if ids[0]:
-                kept, outcome = self._policy.apply(ids, self._tokenizer.bos_token_id)
-            else:
-                kept, outcome = None, "empty_prompt"
+            kept, outcome = self._policy.apply(ids, self._tokenizer.bos_token_id)
             for consumer in self._consumers:
                 consumer.take(Encoded(example, ids, inexact, kept, outcome))
 

@@ -139,6 +139,12 @@ class Fault:
         if len(self.examples) < EXAMPLES:
             self.examples.append({**shown(example), **(what or {})})
 
+    def finding(self, name: str, severity: Severity, of: int, sentence: str, advice: str) -> Finding:
+        """The finding of this fault among so many rows."""
+        # Several pairs may come from one place.
+        places = tuple(dict.fromkeys(self.places))
+        return Finding(name, severity, len(self.places), of, sentence, advice, places, tuple(self.examples))
+
     def add_texts(self, where: int) -> None:
         """A text more on each of these sides."""
         self.prompt += bool(where & PROMPT)
@@ -229,8 +235,7 @@ class Account:
                 f" {preferred.capitalize()} replies have it more often than {other} ones"
                 f" ({shares[0]} against {shares[1]}): training teaches it."
             )
-        places = tuple(dict.fromkeys(fault.places))
-        return Finding(name, severity, count, self.rows, sentence, advice, places, tuple(fault.examples))
+        return fault.finding(name, severity, self.rows, sentence, advice)
 
     def _sides_in_words(self, fault: Fault) -> str:
         """How many texts on each side have the fault; nothing where it is of prompts alone."""

@@ -77,9 +77,12 @@ class Check(Protocol):
 
     name: str
 
-    def add(self, example: Example) -> None: ...
+    def add(self, example: Example) -> None:
+        """Look at one row."""
 
-    def result(self) -> Result: ...
+    def result(self) -> Result:
+        """What all the rows together show."""
+        ...
 
 
 @dataclass(slots=True)

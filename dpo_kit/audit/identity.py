@@ -12,8 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 from dpo_kit.audit.minhash import words_of
-from dpo_kit.pairs.kinds import Kind
-from dpo_kit.pairs.statistics import CONTEXT
+from dpo_kit.pairs.kinds import CONTEXT
 
 # So many words of a prompt's end are compared apart.
 LAST_WORDS = 20
@@ -24,11 +23,6 @@ _BITS = 27
 def digest(data: bytes, key: int = 0) -> int:
     """64 bits that tell the data, under this key, from others."""
     return int.from_bytes(blake2b(data, digest_size=8, salt=key.to_bytes(8, "little")).digest(), "little")
-
-
-def digest_of_row(row: Mapping[str, Any], kind: Kind) -> int:
-    """Of all that the row says but its place and weight, as it stands; as the statistics count rows."""
-    return digest(json.dumps([row.get(name) for name in (*kind.columns, *CONTEXT)]).encode())
 
 
 def words_in_context(row: Mapping[str, Any], part: str | list[dict[str, Any]]) -> list[bytes]:

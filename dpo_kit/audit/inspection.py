@@ -18,6 +18,7 @@ from dpo_kit.audit.reading import Margins, findings_of_reading
 from dpo_kit.audit.replies import Replies
 from dpo_kit.audit.shallow import ShallowChecks
 from dpo_kit.errors import InputError
+from dpo_kit.length_policy import LengthPolicy
 from dpo_kit.pairs.kinds import Kind
 from dpo_kit.pairs.loading import Sources, stream_rows
 from dpo_kit.pairs.options import LoadOptions
@@ -66,8 +67,9 @@ def inspect_pairs(
     that cannot be loaded or has no EOS, and a model without a tokenizer.
     """
     loading = LoadOptions.of(format=format, **options)
-    policy = {"max_length": max_length, "overlong": overlong}
-    _require_settings(policy, batch_size)
+    policy = LengthPolicy(max_length, overlong)
+    if batch_size < 1:
+        raise InputError(f"expected 1 or more, got {batch_size}", field="batch_size")
     audit, gatherers = Audit(held_out=None if held_out is None else Account()), (Gatherer(), Gatherer())
     checks = make_checks()
     if tokenizer is not None:
@@ -78,9 +80,8 @@ def inspect_pairs(
             field="tokenizer",
             mend="Give the model's tokenizer too",
         )
-    audit.settings = _settings(
-        sources, held_out, loading, tokenizer, model, {**policy, "batch_size": batch_size}
-    )
+    training = {**asdict(policy), "batch_size": batch_size}
+    audit.settings = _settings(sources, held_out, loading, tokenizer, model, training)
     for example in _examples(sources, held_out, loading, audit, progress):
         gatherers[example.held_out].add(dict(example.row), example.kind)
         for check in checks:
@@ -94,17 +95,6 @@ def inspect_pairs(
         audit.held_out.statistics = gatherers[True].statistics(audit.held_out.kind)
         audit.add_findings(findings_of_reading(audit.held_out, held_out=True))
     return audit
-
-
-def _require_settings(policy: Mapping[str, Any], batch_size: int) -> None:
-    """Raises `InputError` for what no training could be asked for, tokenizer or not."""
-    if policy != {"max_length": 1024, "overlong": "drop"}:
-        # Imports transformers, which takes seconds.
-        from dpo_kit.length_policy import LengthPolicy
-
-        LengthPolicy(**policy)
-    if batch_size < 1:
-        raise InputError(f"expected 1 or more, got {batch_size}", field="batch_size")
 
 
 def _settings(
@@ -146,7 +136,7 @@ def make_checks() -> list[Check]:
 
 def make_token_checks(
     tokenizer: PreTrainedTokenizerBase | str | Path,
-    policy: Mapping[str, Any],
+    policy: LengthPolicy,
     batch_size: int,
     model: str | Path | dict[str, Any] | None,
     template_kwargs: Mapping[str, Any] | None,
@@ -157,13 +147,11 @@ def make_token_checks(
     from dpo_kit.audit.encoded import Encoder
     from dpo_kit.audit.templates import TemplateChecks
     from dpo_kit.audit.tokens import TokenChecks
-    from dpo_kit.length_policy import LengthPolicy
     from dpo_kit.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-    lengths = LengthPolicy(**policy)
-    tokens, cost = TokenChecks(loaded, lengths), CostChecks(batch_size, model)
-    encoder = Encoder(loaded, lengths, [tokens, cost], template_kwargs)
+    tokens, cost = TokenChecks(loaded, policy), CostChecks(batch_size, model)
+    encoder = Encoder(loaded, policy, [tokens, cost], template_kwargs)
     # The encoder's result comes first: it hands on the last rows.
     return [encoder, tokens, TemplateChecks(loaded, template_kwargs), cost]
 

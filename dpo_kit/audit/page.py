@@ -24,12 +24,11 @@ from dpo_kit.audit.words import (
     length_rows,
     plural,
     setting_rows,
-    short_places,
     token_rows,
     visible,
 )
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.tally import SourceReport
+from dpo_kit.pairs.tally import SourceReport, rows_of, short_places
 from dpo_kit.report.page import render, require_extra, write_page, write_whole
 from dpo_kit.report.summary import Card, percent
 
@@ -139,7 +138,7 @@ def _lines(places: Iterable[str]) -> bytes:
 
 def _cards(audit: Audit) -> list[Card]:
     """The headline figures, those there are."""
-    lost = len({str(problem.place) for problem in audit.problems})
+    lost = rows_of(audit.problems)
     made = audit.kind.rows if audit.kind else "examples"
     source = plural(len(audit.sources), "source")
     seen = audit.statistics

@@ -37,17 +37,14 @@ class Margins:
         figures = {"given": self._given, "not_positive": count}
         if not count:
             return Result((), figures)
-        finding = Finding(
+        finding = self._fault.finding(
             "margin_not_positive",
             "warning",
-            count,
             self._given,
             f"{count:,} of {self._given:,} pairs with scores ({share_in_words(count, self._given)}) score "
             "the chosen reply no higher than the rejected one.",
             "Scores and preference contradict each other: find out which of them is right, or leave the "
             "pairs out with `--min-margin`.",
-            tuple(self._fault.places),
-            tuple(self._fault.examples),
         )
         return Result((finding,), figures)
 

@@ -244,16 +244,13 @@ class Replies:
             if abs(share - other) < OPENING_GAP:
                 continue
             found.append(
-                Finding(
+                fault.finding(
                     f"opening_{name.replace(' ', '_').lower()}",
                     "warning",
-                    len(fault.places),
                     account.rows,
                     f"{share:.1%} of the {first} replies and {other:.1%} of the {second} ones open alike "
                     f"({name}): the opening goes with the label.",
                     "See whether you want to teach that opening; else balance it, or rewrite the openings.",
-                    tuple(dict.fromkeys(fault.places)),
-                    tuple(fault.examples),
                 )
             )
         return found

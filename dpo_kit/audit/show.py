@@ -20,12 +20,11 @@ from dpo_kit.audit.words import (
     left_out,
     length_rows,
     plural,
-    short_places,
     token_rows,
     visible,
 )
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.tally import FIRST_PLACES
+from dpo_kit.pairs.tally import FIRST_PLACES, rows_of, short_places
 
 STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
@@ -56,7 +55,7 @@ def objections(audit: Audit, level: str = "warning") -> list[str]:
     named = [f"{finding.severity} {finding.name} ({finding.count:,})" for finding in grave]
     unusable = []
     for account in accounts(audit):
-        rows = len({str(problem.place) for problem in account.unusable})
+        rows = rows_of(account.unusable)
         which = "row" if account is audit else "held-out row"
         if rows:
             unusable.append(f"{plural(rows, which)} cannot be used")

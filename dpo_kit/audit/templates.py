@@ -81,16 +81,13 @@ class TemplateChecks:
         elif part.startswith("prompt") and part.endswith(THINK):
             severity = "note"
             advice = "Many templates take the reasoning out of earlier turns on purpose: nothing to do then."
-        return Finding(
+        return fault.finding(
             "dropped_by_template",
             severity,
-            count,
             self._rows,
             f"The chat template leaves out '{part}' of {count:,} of {self._rows:,} rows of messages "
             f"({share_in_words(count, self._rows)}).",
             advice,
-            tuple(fault.places),
-            tuple(fault.examples),
         )
 
 

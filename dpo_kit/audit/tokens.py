@@ -235,16 +235,7 @@ class TokenChecks:
             if name == "unknown_tokens":
                 sentence += f": {figures['unknown_share']:.2%} of all tokens"
             severity = _severity(name, fault, count / self._rows)
-            yield Finding(
-                name,
-                severity,
-                count,
-                self._rows,
-                f"{sentence}.",
-                advice,
-                tuple(fault.places),
-                tuple(fault.examples),
-            )
+            yield fault.finding(name, severity, self._rows, f"{sentence}.", advice)
         for source, each in figures["bytes_by_source"].items():
             if self._reply_tokens[source] and each < _LEAST_BYTES:
                 rows = len(self._lengths[source]["whole"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,16 +21,6 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]
 def visible(text: str) -> str:
     """The text with control characters (all but tab and line feed) by their number: none moves a cursor."""
     return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
-
-
-def short_places(places: Sequence[str]) -> str:
-    """Places one after the other; a file is named once for those in it that follow each other."""
-    words, before = [], None
-    for place in places:
-        file = place.partition(" (row")[0].rpartition(":")[0]
-        words.append(place.removeprefix(file) if file and file == before else place)
-        before = file
-    return ", ".join(words)
 
 
 @dataclass(frozen=True, slots=True)

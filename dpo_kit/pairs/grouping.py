@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.choosing import prompt_digest
-from dpo_kit.pairs.kinds import SCORED, UNPAIRED, Kind
+from dpo_kit.pairs.kinds import CONTEXT, SCORED, UNPAIRED, Kind
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.schema import Place
 from dpo_kit.pairs.tally import PairsReport
@@ -34,7 +34,7 @@ def group_by_prompt(rows: Iterable[Placed], kind: Kind, report: PairsReport) -> 
     assert kind.judgement is not None
     groups: dict[tuple[str | None, ...], list[Placed]] = {}
     for row, places in rows:
-        beside = (row.get(name) for name in ("tools", "chat_template_kwargs"))
+        beside = (row.get(name) for name in CONTEXT)
         groups.setdefault((prompt_digest(row["prompt"]), *beside), []).append((row, places))
     for members in groups.values():
         places = [place for _, own in members for place in own]

@@ -47,7 +47,9 @@ class Kind:
         return {f"completions[{i}]": reply for i, reply in enumerate(row["completions"])}
 
 
-_EXTRAS = ("weight", "prompt_id", "tools", "chat_template_kwargs")
+# What a chat template reads beside the prompt: under another one it is another prompt.
+CONTEXT = ("tools", "chat_template_kwargs")
+_EXTRAS = ("weight", "prompt_id", *CONTEXT)
 RANKS = ("chosen_rank", "rejected_rank")
 PAIRS = Kind("pairs", "pairs", ("chosen", "rejected"), None, ("margin", *RANKS, *_EXTRAS))
 UNPAIRED = Kind("unpaired", "unpaired rows", ("completion",), "label", _EXTRAS)

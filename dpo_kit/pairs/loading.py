@@ -23,7 +23,7 @@ from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.reading import RawRow
 from dpo_kit.pairs.row_cache import file_of_rows, kept_rows, store_rows
 from dpo_kit.pairs.schema import BadRow, UnusablePair, printable
-from dpo_kit.pairs.sources import HUB, Source, find_sources, remarks_on
+from dpo_kit.pairs.sources import HUB, Source, find_sources
 from dpo_kit.pairs.tally import PairsReport, SourceReport
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ def load_with_report(sources: Sources, options: LoadOptions = LoadOptions()) -> 
     options are the same. What a split of the hub holds, and what code of the user's makes of a row, is not
     known before it is loaded: those are loaded anew.
     """
-    found, ignored = find_sources(sources)
+    found, ignored, remarks = find_sources(sources)
     known = not any(source.name.startswith(HUB) for source in found) and not _may_be_own(options)
     file = file_of_rows([source.name for source in found], options) if known else None
     if file and (kept := kept_rows(file)):
-        kept[1].ignored, kept[1].remarks = ignored, remarks_on(sources)
+        kept[1].ignored, kept[1].remarks = ignored, remarks
         _settle(kept[1], options)
         return kept
     report = PairsReport()
@@ -115,8 +115,7 @@ def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> 
     Raises `InputError` for trouble with structure only, at its place in the stream.
     """
     forced = _forced_format(options)
-    found, report.ignored = find_sources(sources)
-    report.remarks = remarks_on(sources)
+    found, report.ignored, report.remarks = find_sources(sources)
     first: dict[str, Any] | None = None
     is_text = False
     for source in found:
@@ -125,7 +124,7 @@ def stream_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> 
                 first, report.kind = row, kind
                 is_text = isinstance(row["prompt"], str)
             elif kind is not report.kind or isinstance(row["prompt"], str) != is_text:
-                _require_alike(first, report.kind, row, kind, source)
+                raise _cannot_be_mixed(first, report.kind, row, kind, source)
             yield row
 
 
@@ -135,24 +134,22 @@ def _forced_format(options: LoadOptions) -> Format | None:
     return None if options.format == "auto" else named_format(options.format)
 
 
-def _require_alike(
+def _cannot_be_mixed(
     first: dict[str, Any], first_kind: Kind | None, row: dict[str, Any], kind: Kind, source: Source
-) -> None:
-    if first_kind is not None and kind != first_kind:
-        raise InputError(
-            f"{first_kind.rows} and {kind.rows} cannot be mixed in one data set: "
-            f"{first['source']} is of the {first_kind.rows}, {row['source']} of the {kind.rows}",
-            file=source.name,
-            mend="Convert one of them, or load them apart",
-        )
-    if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+) -> InputError:
+    """What is wrong with two rows that are not of one kind, or not both text or both messages."""
+    if first_kind is not None and kind is not first_kind:
+        whole = f"{first_kind.rows} and {kind.rows}"
+        each = f"{first['source']} is of the {first_kind.rows}, {row['source']} of the {kind.rows}"
+    else:
         text, messages = (row, first) if isinstance(row["prompt"], str) else (first, row)
-        raise InputError(
-            "text and messages cannot be mixed in one data set: "
-            f"{text['source']} is text, {messages['source']} is messages",
-            file=source.name,
-            mend="Convert one of them, or load them apart",
-        )
+        whole = "text and messages"
+        each = f"{text['source']} is text, {messages['source']} is messages"
+    return InputError(
+        f"{whole} cannot be mixed in one data set: {each}",
+        file=source.name,
+        mend="Convert one of them, or load them apart",
+    )
 
 
 def usable_rows(sources: Sources, options: LoadOptions, report: PairsReport) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +37,7 @@ BATCHES_IN_MEMORY = 20
 
 def file_of_rows(files: Sequence[str], options: LoadOptions) -> Path | None:
     """Where the rows of these files lie, if they were loaded before; None where a file cannot be read."""
-    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))]
-    key = hashlib.sha256(json.dumps([code, asdict(options)], default=repr).encode())
+    key = hashlib.sha256(json.dumps([_code(), asdict(options)], default=repr).encode())
     try:
         for file in files:
             # The name too: it stands in the rows' places.
@@ -45,6 +45,13 @@ def file_of_rows(files: Sequence[str], options: LoadOptions) -> Path | None:
     except OSError:
         return None
     return cache_folder(None, "rows") / f"{key.hexdigest()[:40]}.arrow"
+
+
+@cache
+def _code() -> str:
+    """A digest of this package's own code."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _digest(file: str | Path) -> str:

@@ -38,8 +38,9 @@ class Source:
     rows: Callable[[], Iterator[RawRow]]
 
 
-def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Source], list[str]]:
-    """All sources in the given order, those of a folder or glob sorted by path, and the files ignored.
+def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Source], list[str], list[str]]:
+    """All sources in the given order, those of a folder or glob sorted by path; the files ignored; remarks,
+    where a folder or glob has training and held-out data.
 
     Raises `InputError` for whatever is not there, not supported, or empty of supported files. Rows are not
     looked at; hub data sets are not fetched before their `rows` are asked for.
@@ -51,6 +52,7 @@ def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Sourc
         )
     found: list[Source] = []
     ignored: list[str] = []
+    remarks: list[str | None] = []
     for source in given:
         if not isinstance(source, str | Path):
             raise InputError(f"a source must be text or a path, found {type(source).__name__}")
@@ -58,19 +60,10 @@ def find_sources(sources: str | Path | Sequence[str | Path]) -> tuple[list[Sourc
         if listed or str(source).startswith(HUB):
             found.append(_hub_source(listed or str(source)))
             continue
-        for path in _files(str(source), ignored):
-            found.append(Source(path, lambda path=path: rows_of_file(path)))  # type: ignore[misc]
-    return found, ignored
-
-
-def remarks_on(sources: str | Path | Sequence[str | Path]) -> list[str]:
-    """What is to be known of sources that `find_sources` finds: training and held-out data as one set."""
-    remarks = []
-    for source in [sources] if isinstance(sources, str | Path) else sources:
-        path = os.path.expanduser(str(source))
-        if not (_listed(source) or path.startswith(HUB) or os.path.isfile(path)):
-            remarks.append(mixed_splits(str(source), _files(str(source), [])))
-    return [remark for remark in remarks if remark]
+        files = _files(str(source), ignored)
+        remarks.append(mixed_splits(str(source), files))
+        found += [Source(path, lambda path=path: rows_of_file(path)) for path in files]  # type: ignore[misc]
+    return found, ignored, [remark for remark in remarks if remark]
 
 
 def _listed(source: str | Path) -> str | None:

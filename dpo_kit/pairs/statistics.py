@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dpo_kit.pairs.kinds import LISTS, PAIRS, Kind
+from dpo_kit.pairs.kinds import CONTEXT, LISTS, PAIRS, Kind
 from dpo_kit.pairs.schema import plain_text
-
-# Columns that a chat template reads beside the prompt: under others it is another prompt.
-CONTEXT = ("tools", "chat_template_kwargs")
 
 _BINS = 32
 
@@ -131,8 +128,8 @@ class Gatherer:
         self._prompt_lengths.append(len(plain_text(row["prompt"])))
         self._reply_lengths.append([len(plain_text(reply)) for reply in kind.parts(row).values()])
         self._judgements.append(row[kind.judgement] if kind.judgement else None)
-        self._prompts.add(_digest([row.get(name) for name in ("prompt", *CONTEXT)]))
-        self._seen.add(_digest([row.get(name) for name in (*kind.columns, *CONTEXT)]))
+        self._prompts.add(_digest(_as_bytes(row, ("prompt", *CONTEXT))))
+        self._seen.add(_digest(content_of(row, kind)))
 
     def statistics(self, kind: Kind | None) -> Statistics | None:
         """Of all rows added; None where there is none."""
@@ -201,8 +198,17 @@ class Gatherer:
         }
 
 
-def _digest(value: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
+def content_of(row: Mapping[str, Any], kind: Kind) -> bytes:
+    """What makes a row the same as another of this kind: all that it says but its place, weight, margin."""
+    return _as_bytes(row, (*kind.columns, *CONTEXT))
+
+
+def _as_bytes(row: Mapping[str, Any], names: Sequence[str]) -> bytes:
+    return json.dumps([row.get(name) for name in names]).encode()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _characters_in_words(**parts: Spread | None) -> list[str]:

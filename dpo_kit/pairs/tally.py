@@ -5,8 +5,9 @@ Only counts and words; `loading` fills it in, `inspection` adds what the kept pa
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from dpo_kit.pairs.schema import KINDS, Place
 from dpo_kit.pairs.statistics import Statistics
 
 FIRST_PLACES = 3
+# What `Place` writes behind a file.
+_BEHIND_FILE = re.compile(r":(row \d+|\d+( \(row \d+\))?)\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class PairsReport:
                 (problem.place for problem in self.problems if problem.kind == kind), FIRST_PLACES
             )
             more = ", ..." if count > FIRST_PLACES else ""
-            words.append(f"{kind} {count} ({_places_in_words(list(places))}{more})")
+            words.append(f"{kind} {count} ({short_places([*map(str, places)])}{more})")
         return words
 
     def left_out(self) -> str:
@@ -160,7 +163,7 @@ class PairsReport:
         words = dict(zip(self.counts, self.kinds_in_words(), strict=True))
         unusable = "; ".join(words[kind] for kind in words if not KINDS[kind].by_option)
         by_option = "; ".join(words[kind] for kind in words if KINDS[kind].by_option)
-        rows = len({str(problem.place) for problem in self.unusable})
+        rows = rows_of(self.unusable)
         lines = [f"{rows} of {self.read} rows cannot be used: {unusable}"] if unusable else []
         return ". ".join([*lines, f"By the options: {by_option}"] if by_option else lines)
 
@@ -207,6 +210,11 @@ class PairsReport:
         )
 
 
+def rows_of(problems: Iterable[Problem]) -> int:
+    """In how many rows they are."""
+    return len({problem.place for problem in problems})
+
+
 def lost_in_words(source: SourceReport) -> str:
     """`columns not used that look like part of the prompt: system (2 rows)`."""
     counts = ", ".join(
@@ -215,11 +223,11 @@ def lost_in_words(source: SourceReport) -> str:
     return f"columns not used that look like part of the prompt: {counts}"
 
 
-def _places_in_words(places: list[Place]) -> str:
-    """A file is named once for the places in it that follow each other."""
-    files = [None, *(place.file for place in places)]
-    words = [str(place) for place in places]
-    return ", ".join(
-        word.removeprefix(place.file) if place.file == before else word
-        for word, place, before in zip(words, places, files, strict=False)
-    )
+def short_places(places: Sequence[str]) -> str:
+    """Places one after the other; a file is named once for those in it that follow each other."""
+    words, before = [], None
+    for place in places:
+        file = _BEHIND_FILE.sub("", place)
+        words.append(place[len(file) :] if file == before else place)
+        before = file
+    return ", ".join(words)
