@@ -217,7 +217,7 @@ def check_judgement(kind: str, loaded: dict, row: dict) -> None:
         assert loaded["chosen"] != loaded["rejected"]
     elif kind == "unpaired":
         assert type(loaded["label"]) is bool
-        assert loaded["label"] == row["label"]
+        assert loaded["label"] == {"0": False, "1": True}.get(row["label"], row["label"])
     else:
         scores = row.get("scores") or [-rank for rank in row["ranks"]]
         assert loaded["scores"] == scores
