@@ -6,10 +6,12 @@ beside weights and optimiser. What is trained is its subclass's business.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,16 @@ class CheckpointingTrainer(Trainer):
     def train_seconds(self) -> float:
         """Time in `train` so far, that of the runs it was resumed from included."""
         return self._counts.seconds + (time.perf_counter() - self._began if self._began else 0.0)
+
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Within it, `train_seconds` stands still."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._began:
+                self._began += time.perf_counter() - started
 
     @property
     def checkpoint_folder(self) -> Path:

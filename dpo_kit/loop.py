@@ -216,6 +216,18 @@ class TrainingLoop(CheckpointingTrainer):
             self._logged_at, self._logged_pairs = now, self._counts.pairs
         super().log(logs, start_time)
 
+    @contextlib.contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Within it, neither `train_seconds` nor the pairs per second that are logged count the time."""
+        started = time.perf_counter()
+        with super().clock_stopped():
+            yield
+        self._logged_at += time.perf_counter() - started
+
+    def cost(self) -> dict[str, float]:
+        """What training took so far: seconds, and tokens through the policy, forward and backward."""
+        return {"seconds": self.train_seconds, "tokens": self._counts.tokens * self.args.world_size}
+
     @property
     def pairs_seen(self) -> int:
         """Pairs trained on so far, over all ranks."""

@@ -1,20 +1,27 @@
-"""What a run measures beside training: held-out pairs, samples before and after, their reward, the KL."""
+"""What a run measures beside training: held-out pairs, and samples on the way: their reward, the KL."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
-from dpo_kit.evaluation.rewards import RewardFunction
+from dpo_kit.evaluation.rewards import Reward
 from dpo_kit.evaluation.sampling import Prompt, Sample, encode_prompts, sample_replies
 from dpo_kit.losses import make_objective
 from dpo_kit.models import check_length
@@ -25,9 +32,40 @@ from dpo_kit.trainer import PreferenceTrainer
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Replies of a policy on the held-out prompts, and what they are worth.
+
+    Attributes:
+        samples: the replies.
+        rewards: the true reward of each; None where there is none.
+        kls: the sequence KL to the reference along each, nats; None where it was not asked for.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    rewards: list[float] | None = None
+    kls: list[float] | None = None
+
+    def means(self) -> dict[str, float]:
+        """reward, kl (nats) and reply_tokens, as far as they were measured."""
+        lengths = [len(sample.reply_ids) for sample in self.samples]
+        columns: dict[str, Any] = {"reward": self.rewards, "kl": self.kls, "reply_tokens": lengths}
+        return {name: sum(values) / len(values) for name, values in columns.items() if values}
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One object a reply: prompt, reply, tokens, and reward and kl where there are any."""
+        found = []
+        for i, sample in enumerate(self.samples):
+            line: dict[str, Any] = {"prompt": sample.prompt, "reply": sample.reply}
+            line["tokens"] = len(sample.reply_ids)
+            line |= {"reward": self.rewards[i]} if self.rewards is not None else {}
+            found.append(line | ({"kl": self.kls[i]} if self.kls is not None else {}))
+        return found
+
+
 @dataclass
 class Samples:
-    """Replies on the held-out prompts, before and after training.
+    """How replies on the held-out prompts are drawn and what is measured of them.
 
     Attributes:
         recipe: says how they are drawn.
@@ -37,9 +75,7 @@ class Samples:
 
     recipe: Recipe
     prompts: list[Prompt]
-    reward: RewardFunction | None
-    before: list[Sample] = field(default_factory=list)
-    after: list[Sample] = field(default_factory=list)
+    reward: Reward | None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Samples:
@@ -62,12 +98,14 @@ class Samples:
         new = self.recipe.eval.max_new_tokens
         check_length(model, new, max(map(len, encoded)) + new, field="eval.max_new_tokens")
 
-    def draw(self, model: Any, tokenizer: PreTrainedTokenizerBase, say: Say, when: str) -> list[Sample]:
-        """A model's replies; `when` is "before" or "after"."""
+    def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase, reference: Any = None) -> Measured:
+        """Replies of a model, their reward, and their KL to a reference where one is given.
+
+        The KL is of the policy as it is, so only of samples at temperature 1 and top_p 1.
+        """
         if not self.prompts:
-            return []
+            return Measured()
         section = self.recipe.eval
-        say(f"sampling on {len(self.prompts)} held-out prompts, {when}")
         drawn = sample_replies(
             model,
             tokenizer,
@@ -80,43 +118,140 @@ class Samples:
             seed=section.seed,
             chat_template_kwargs=self.recipe.data.chat_template_kwargs,
         )
-        setattr(self, when, drawn)
-        return drawn
+        kls = None
+        if reference is not None and self.has_kl:
+            kls = sequence_kl(model, reference, drawn).tolist()
+        rewards = self.reward([s.prompt for s in drawn], [s.reply for s in drawn]) if self.reward else None
+        return Measured(drawn, rewards, kls)
 
-    def measure(self, trained: Any, load_start: Callable[[], Any], folder: Path) -> dict[str, Any]:
-        """True reward and KL of the replies after training; they go into FOLDER/samples.jsonl.
+    @property
+    def each_prompt(self) -> list[Prompt]:
+        """The prompt of each reply."""
+        return [prompt for prompt in self.prompts for _ in range(self.recipe.eval.samples)]
 
-        Args:
-            trained: drew the replies after.
-            load_start: gives the policy as it was before; called after training, so that there is no second
-                model in memory while the policy is trained.
-            folder: of the run.
-        """
-        if not self.prompts:
-            return {}
-        figures: dict[str, Any] = {}
-        if self.recipe.eval.temperature == 1.0 and self.recipe.eval.top_p == 1.0:
-            figures["eval/kl"] = float(sequence_kl(trained, load_start(), self.after).mean())
-        rewards = self._rewards()
-        for name, values in rewards.items():
-            figures[f"eval/reward_{name}"] = sum(values) / len(values)
-        lines = []
-        for i, (before, after) in enumerate(zip(self.before, self.after, strict=True)):
-            line = {"prompt": before.prompt, "before": before.reply, "after": after.reply}
-            lines.append(line | {f"reward_{name}": values[i] for name, values in rewards.items()})
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(folder / "samples.jsonl", text)
-        return figures
+    @property
+    def has_kl(self) -> bool:
+        """Whether the replies are drawn from the policy itself, and not from a sharpened one."""
+        return self.recipe.eval.temperature == 1.0 and self.recipe.eval.top_p == 1.0
 
-    def _rewards(self) -> dict[str, list[float]]:
-        """The true reward of prompt and reply, before and after."""
-        if self.reward is None:
-            return {}
-        found = {}
-        for name, samples in (("before", self.before), ("after", self.after)):
-            texts = (s.prompt + s.reply if isinstance(s.prompt, str) else s.reply for s in samples)
-            found[name] = [self.reward(text) for text in texts]
-        return found
+
+class SampleTracker(TrainerCallback):
+    """Measures samples before training (`before`), every so many steps, and at the end.
+
+    Each measurement is logged (`eval_reward`, `eval_kl`, `eval_reply_tokens`, and what `cost` tells), so that
+    it stands in metrics.jsonl, and its replies go into FOLDER/evaluations/step-N.jsonl.
+
+    Args:
+        samples: how they are drawn.
+        policy: gives the policy in training, unwrapped.
+        tokenizer: the policy's.
+        load_reference: gives the policy as it was at the start; called when it is needed.
+        folder: of the run.
+        log: takes a line of metrics; the trainer's.
+        cost: figures of the work done so far, e.g. seconds and tokens.
+        pause: a context within which the trainer's clock stands.
+        say: gets lines of progress.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        policy: Callable[[], Any],
+        tokenizer: PreTrainedTokenizerBase,
+        load_reference: Callable[[], Any],
+        folder: Path,
+        log: Callable[[dict[str, Any]], None],
+        cost: Callable[[], dict[str, float]],
+        pause: Callable[[], AbstractContextManager[Any]],
+        say: Say,
+    ) -> None:
+        self.samples, self.folder = samples, folder
+        self._policy, self._tokenizer, self._load_reference = policy, tokenizer, load_reference
+        self._log, self._cost, self._pause, self._say = log, cost, pause, say
+        self._reference: Any = None
+        self._last: int | None = None
+
+    def before(self) -> None:
+        """Measure the policy before it is trained; a resumed run has that, unless its prompts changed."""
+        path = self._place(0)
+        if not path.exists() or [line["prompt"] for line in _lines(path)] != self.samples.each_prompt:
+            self.measure(0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Measure where it is time."""
+        every = self.samples.recipe.eval.every
+        if (every and state.global_step % every == 0) or state.global_step >= state.max_steps:
+            self.measure(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Measure the last policy, where training ended before its last step."""
+        if state.global_step != self._last:
+            self.measure(state.global_step)
+
+    def measure(self, step: int) -> None:
+        """Draw, measure, log and write."""
+        self._last = step
+        if not self.samples.prompts:
+            return
+        cost = self._cost()
+        with self._pause():
+            self._say(f"sampling on {len(self.samples.prompts)} held-out prompts, step {step}")
+            # A second model is in memory only where it is needed between two steps.
+            if step > 0 and self._reference is None and self.samples.has_kl:
+                self._reference = self._load_reference()
+            found = self.samples.measure(self._policy(), self._tokenizer, self._reference)
+            if step == 0 and self.samples.has_kl:
+                found = replace(found, kls=[0.0] * len(found.samples))
+            self._place(step).parent.mkdir(parents=True, exist_ok=True)
+            _write_lines(self._place(step), found.lines())
+            self._log({f"eval_{name}": value for name, value in found.means().items()} | cost)
+
+    def _place(self, step: int) -> Path:
+        return evaluation_file(self.folder, step)
+
+
+def evaluation_file(folder: Path, step: int) -> Path:
+    """Where a run keeps the replies that it measured at a step."""
+    return folder / "evaluations" / f"step-{step}.jsonl"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def sample_figures(folder: Path, last: int) -> dict[str, float]:
+    """Reward before and after, and KL, by the names of summary.json; writes FOLDER/samples.jsonl.
+
+    Args:
+        folder: a run's, in which a `SampleTracker` has measured.
+        last: the last step.
+    """
+    places = [evaluation_file(folder, step) for step in (0, last)]
+    if not all(place.exists() for place in places):
+        return {}
+    before, after = map(_lines, places)
+    lines = []
+    for old, new in zip(before, after, strict=True):
+        line = {"prompt": old["prompt"], "before": old["reply"], "after": new["reply"]}
+        if "reward" in new:
+            line |= {"reward_before": old["reward"], "reward_after": new["reward"]}
+        lines.append(line)
+    _write_lines(folder / "samples.jsonl", lines)
+    columns: dict[str, list[Any]] = {
+        "eval/kl": [line.get("kl") for line in after],
+        "eval/reward_before": [line.get("reward_before") for line in lines],
+        "eval/reward_after": [line.get("reward_after") for line in lines],
+    }
+    return {name: sum(values) / len(values) for name, values in columns.items() if None not in values}
 
 
 def held_out_figures(trainer: PreferenceTrainer, held_out: Dataset) -> dict[str, Any]:

@@ -13,116 +13,28 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model, field_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
 from dpo_kit.pairs import LoadOptions
-from dpo_kit.yaml_file import apply_override, read_yaml
-
-
-class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(Section):
-    """The policy to start from: `path` or `config`, one of the two."""
-
-    path: str | None = Field(None, description="folder or hub id of a causal LM")
-    config: dict[str, Any] | None = Field(None, description="configuration with model_type: random weights")
-    tokenizer: str | None = Field(None, description="folder or hub id; default: beside the model")
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="of the weights"
-    )
-    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes quantisation")
-
-
-class ReferenceSection(Section):
-    """The frozen model that the policy is compared with."""
-
-    mode: Literal["auto", "live", "adapter_off", "adapter", "cached", "moving", "none"] = Field(
-        "auto", description="auto: cached where the loss allows it, none where it needs no reference"
-    )
-    path: str | None = Field(None, description="default: the policy as it was before the first step")
-    cache_dir: str | None = Field(None, description="default $DPO_KIT_CACHE or ~/.cache/dpo_kit")
-    adapter: str | None = Field(None, description="mode adapter: its folder, or its name in the policy")
-    update_every: int = Field(512, ge=1, description="mode moving (TR-DPO): steps between two updates")
-    update_weight: float = Field(0.6, gt=0, le=1, description="of the policy in an update; 1 replaces")
-
-
-# Each of the options of loading is a key of `data`, with its own words, so that it is written in one place.
-_LoadSection = create_model(
-    "_LoadSection",
-    __base__=Section,
-    **{
-        option.name: (
-            typing.get_type_hints(LoadOptions)[option.name],
-            Field(option.default, description=option.metadata["help"]),
-        )
-        for option in dataclasses.fields(LoadOptions)
-    },  # type: ignore[call-overload]
+from dpo_kit.recipe_sections import (
+    CandidatesSection,
+    DataSection,
+    EvalSection,
+    FrontierSection,
+    ModelSection,
+    PpoSection,
+    ReferenceSection,
+    ReportSection,
+    RewardModelSection,
+    Section,
+    SftSection,
 )
-
-
-class DataSection(_LoadSection):
-    """Preference data, how it is loaded (`LoadOptions`) and how it becomes tokens."""
-
-    train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
-    eval: list[str] = Field(default_factory=list, description="held-out pairs")
-    max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
-    overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
-        "drop", description="beyond it"
-    )
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="for the chat template")
-    num_proc: int | None = Field(None, ge=1, description="processes that tokenise")
-    cache_dir: str | None = Field(
-        None, description="of token ids; default $DPO_KIT_CACHE or ~/.cache/dpo_kit"
-    )
-
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class SftSection(Section):
-    """Supervised training of the policy on plain text before the preferences, from `model.config`."""
-
-    corpus: list[str] = Field(description="text files, one document a line")
-    vocabulary: int = Field(1024, ge=300, description="size of the byte-level BPE that is learned on it")
-    max_length: int = Field(128, ge=2, description="tokens; a longer document is cut, and counted")
-    train: dict[str, Any] = Field(default_factory=dict, description="as the section train")
-
-    @field_validator("corpus", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class EvalSection(Section):
-    """What is measured beside the held-out pairs: samples on held-out prompts."""
-
-    prompts: str | None = Field(None, description="jsonl with a field prompt; none: nothing is sampled")
-    max_prompts: int | None = Field(None, ge=1, description="the first so many")
-    samples: int = Field(1, ge=1, description="replies per prompt")
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(1.0, ge=0, description="0: greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
-    batch_size: int = Field(64, ge=1, description="prompts generated at once")
-    reward: str | None = Field(None, description="FILE.py:FUNCTION, text -> number: the true reward")
-    seed: int = 0
-
-
-class ReportSection(Section):
-    """The page and pictures at the end of a run."""
-
-    enabled: bool = True
+from dpo_kit.yaml_file import apply_override, read_yaml
 
 
 class Recipe(Section):
@@ -132,9 +44,13 @@ class Recipe(Section):
     reference: ReferenceSection = ReferenceSection()
     data: DataSection
     sft: SftSection | None = None
+    candidates: CandidatesSection | None = None
     loss: Any = Field(default_factory=lambda: {"name": "dpo", "beta": 0.1})
     train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalSection = EvalSection()
+    reward_model: RewardModelSection = RewardModelSection()
+    ppo: PpoSection = PpoSection()
+    frontier: FrontierSection | None = None
     report: ReportSection = ReportSection()
 
     @classmethod
@@ -165,6 +81,7 @@ class Recipe(Section):
             check_training_fields(recipe.train, "train")
             if recipe.sft is not None:
                 check_training_fields(recipe.sft.train, "sft.train")
+            check_training_fields(recipe.reward_model.train, "reward_model.train")
         except ValidationError as error:
             raise _first_error(error, file, lines) from None
         except InputError as error:
@@ -283,21 +200,38 @@ def _check_together(recipe: Recipe) -> None:
         raise InputError(
             "give either model.path or model.config", field="model", mend="One of the two, not both."
         )
-    if not recipe.data.train:
+    if not recipe.data.train and recipe.candidates is None:
         raise InputError(
             "no training data", field="data.train", mend="Name a file, e.g. data.train=pairs.jsonl"
         )
+    if recipe.candidates is not None:
+        _check_candidates(recipe)
     if model.config is not None and model.tokenizer is None and recipe.sft is None:
         raise InputError(
             "a model made from a configuration has no tokenizer beside it",
             field="model.tokenizer",
             mend="Name a tokenizer folder or hub id.",
         )
-    if recipe.sft is not None and model.config is None:
-        raise InputError("sft starts from a configuration", field="sft", mend="Give model.config.")
     if model.quantization is not None:
         raise InputError(
             "quantised training is not supported yet", field="model.quantization", mend="Set it to null."
+        )
+
+
+def _check_candidates(recipe: Recipe) -> None:
+    assert recipe.candidates is not None
+    for name in ("train", "eval"):
+        if getattr(recipe.data, name):
+            raise InputError(
+                "the pairs are made from candidates",
+                field=f"data.{name}",
+                mend="Leave it out, or candidates.",
+            )
+    if recipe.candidates.reward is None and recipe.eval.reward is None:
+        raise InputError(
+            "nothing tells the better candidate",
+            field="candidates.reward",
+            mend="Name a reward there or in eval.reward, as FILE.py:FUNCTION.",
         )
 
 

@@ -21,7 +21,7 @@ from dpo_kit.checkpoints import newest_checkpoint
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.losses import make_objective
-from dpo_kit.measurement import Samples, Say, held_out_figures
+from dpo_kit.measurement import Samples, SampleTracker, Say, held_out_figures, sample_figures
 from dpo_kit.models import check_length, embedded_tokens, load_model, load_reward_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
@@ -36,7 +36,7 @@ from dpo_kit.run_folder import (
     replace_folder,
     write_text,
 )
-from dpo_kit.sft import check_corpus, train_sft
+from dpo_kit.start import check_start, is_made, make_start, started
 from dpo_kit.tokenization import TokenizedPairs, longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
 from dpo_kit.trainer import PreferenceTrainer
@@ -81,21 +81,21 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
                 folder, json.loads((folder / "summary.json").read_text()), folder / "report.html"
             )
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
+    check_start(recipe)
     samples = Samples.of(recipe)
     rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
     figures: dict[str, Any] = {}
-    start = None if recipe.sft is None else folder / "sft" / "model"
-    if recipe.sft is None:
-        parts = prepare(recipe, config, rows, start, say, samples)
+    if started(recipe, folder) is recipe:
+        parts = prepare(recipe, config, rows, say, samples)
         _open_folder(folder, resume, say)
     else:
-        check_corpus(recipe)
         _open_folder(folder, resume, say)
-        if not (folder / "sft" / "model").exists():
-            say("training the policy on the corpus")
-            train_sft(recipe.sft, recipe, folder / "sft")
-        figures |= json.loads((folder / "sft" / "figures.json").read_text())
-        parts = prepare(recipe, config, rows, start, say, samples)
+        figures |= make_start(recipe, folder, say)
+        recipe, made_pairs = started(recipe, folder), recipe.candidates is not None
+        if made_pairs:
+            samples = Samples.of(recipe)
+            rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
+        parts = prepare(recipe, config, rows, say, samples)
     policy, tokenizer, data, trainer = parts
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
@@ -103,18 +103,15 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     checkpoint = newest_checkpoint(folder) if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    tracker = _track(recipe, trainer, tokenizer, samples, folder, say)
     # The policy is not trained yet, nor is the checkpoint loaded that the run goes on from.
-    samples.draw(policy, tokenizer, say, "before")
+    tracker.before()
+    trainer.add_callback(tracker)
     figures |= _fill(trainer, say)
     figures |= _train(trainer, checkpoint, say)
     if data["eval"] is not None:
         figures |= held_out_figures(trainer, data["eval"].dataset)
-    samples.draw(trainer.model, tokenizer, say, "after")
-
-    def load_start() -> Any:
-        return _start_policy(recipe, start)[0].to(trainer.args.device).eval()  # type: ignore[arg-type]
-
-    figures |= samples.measure(trainer.model, load_start, folder)
+    figures |= sample_figures(folder, trainer.state.global_step)
     written = folder / ".model.writing"
     trainer.save_model(str(written))
     replace_folder(written, folder / "model")
@@ -137,12 +134,11 @@ def prepare(
     recipe: Recipe,
     config: PreferenceConfig,
     rows: dict[str, Dataset | None],
-    start: Path | None,
     say: Say,
     samples: Samples | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
     """Policy, tokenizer, tokenised data and trainer, checked against each other."""
-    policy, tokenizer = _start_policy(recipe, start, say)
+    policy, tokenizer = load_start(recipe, say)
     data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
     longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
     check_length(policy, config.max_length, longest)
@@ -164,12 +160,12 @@ def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
     return rows
 
 
-def _start_policy(
-    recipe: Recipe, start: Path | None, say: Say = lambda line: None
+def load_start(
+    recipe: Recipe, say: Say = lambda line: None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy before the first preference step, and its tokenizer; `start` holds both after SFT."""
-    tokenizer = load_tokenizer(str(start or recipe.model.tokenizer or recipe.model.path))
-    source = start or recipe.model.path or recipe.model.config
+    """The policy before the first preference step, and its tokenizer."""
+    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
+    source = recipe.model.path or recipe.model.config
     assert source is not None
     dtype, seed = getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42))
     if make_objective(recipe.loss).needs_rewards:
@@ -251,15 +247,16 @@ def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
         InputError: data, model and recipe do not fit together, or the recipe's reference is not cached.
     """
     config = recipe.training_config()
-    start = None if recipe.sft is None else Path(str(config.output_dir)) / "sft" / "model"
-    if start is not None and not start.exists():
+    folder = Path(str(config.output_dir))
+    recipe, whole = started(recipe, folder), recipe
+    if recipe is not whole and not is_made(whole, folder):
         raise InputError(
-            "the policy is made from a corpus, and is not there yet",
-            file=start,
+            "what the run starts from is made by the run, and is not there yet",
+            file=folder,
             mend="Train once: dpo-kit train fills the cache as well.",
         )
     rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
-    *_, trainer = prepare(recipe, config, rows, start, say)
+    *_, trainer = prepare(recipe, config, rows, say)
     if not isinstance(trainer.reference, CachedReference):
         raise InputError(
             "this recipe's reference is not kept on disk",
@@ -267,6 +264,27 @@ def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
             mend="Set it to cached; a loss that looks at no reference, or at whole distributions, has none.",
         )
     return _fill(trainer, say)
+
+
+def _track(
+    recipe: Recipe,
+    trainer: PreferenceTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Samples,
+    folder: Path,
+    say: Say,
+) -> SampleTracker:
+    return SampleTracker(
+        samples,
+        policy=lambda: trainer.accelerator.unwrap_model(trainer.model),
+        tokenizer=tokenizer,
+        load_reference=lambda: load_start(recipe)[0].to(trainer.args.device).eval(),  # type: ignore[arg-type]
+        folder=folder,
+        log=trainer.log,
+        cost=trainer.cost,
+        pause=trainer.clock_stopped,
+        say=say,
+    )
 
 
 def _fill(trainer: PreferenceTrainer, say: Say) -> dict[str, Any]:

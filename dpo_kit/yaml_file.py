@@ -70,12 +70,22 @@ def apply_override(content: dict[str, Any], override: str) -> str:
         parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"the value is not YAML: {error}", field=key) from None
+    set_key(content, key, parsed)
+    return key
+
+
+def set_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dictionaries.
+
+    Raises:
+        InputError: something on the way to it is no section.
+    """
+    *sections, last = key.split(".")
     place = content
-    for part in parts[:-1]:
+    for part in sections:
         if place.get(part) is None:
             place[part] = {}
         place = place[part]
         if not isinstance(place, dict):
             raise InputError(f"'{part}' is not a section", field=key)
-    place[parts[-1]] = parsed
-    return key
+    place[last] = value

@@ -89,7 +89,8 @@ def test_train_leaves_a_whole_run_folder(recipe, tmp_path, capsys):
         "logps/rejected",
         "grad_norm",
         "num_tokens",
-    } <= set(lines[-2])
+    } <= set([line for line in lines if "loss" in line][-1])
+    assert [line["step"] for line in lines if "eval_kl" in line] == [0, 6]
     assert {p.name for p in (folder / "checkpoints").iterdir() if p.name[0] != "."} == {
         "step-2", "step-4", "step-6",
     }  # fmt: skip

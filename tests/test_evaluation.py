@@ -84,9 +84,9 @@ def test_kl_is_the_mean_log_ratio_of_samples(model, tokenizer):
 def test_a_reward_from_a_file(tmp_path):
     path = tmp_path / "r.py"
     path.write_text("def f(text):\n    return len(text)\n\ndef nan(text):\n    return float('nan')\n")
-    assert load_reward(f"{path}:f")("abc") == 3.0
+    assert load_reward(f"{path}:f")(["a", [{"role": "user", "content": "b"}]], ["bc", "d"]) == [3.0, 1.0]
     with pytest.raises(InputError, match="not a finite number"):
-        load_reward(f"{path}:nan")("abc")
+        load_reward(f"{path}:nan")(["a"], ["bc"])
     for spec, message in (
         (f"{path}:g", "no function 'g'"),
         (str(path), "FILE.py:FUNCTION"),

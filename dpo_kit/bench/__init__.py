@@ -39,7 +39,7 @@ from dpo_kit.roofline import (
 )
 from dpo_kit.run import prepare, read_pairs_of
 from dpo_kit.run_folder import write_text
-from dpo_kit.sft import check_corpus, train_sft
+from dpo_kit.start import check_start, make_start, started
 from dpo_kit.trainer import PreferenceTrainer
 
 __all__ = ["print_results", "run_bench"]
@@ -115,15 +115,21 @@ def run_bench(
 
 def _recipe_trainer(recipe: Recipe, config: PreferenceConfig, folder: Path, say: Say) -> PreferenceTrainer:
     """What `dpo-kit train` would train with, the held-out pairs and the evaluation left out."""
-    rows = {"train": read_pairs_of(recipe, "train", say), "eval": None}
-    start = None
+    check_start(recipe)
+    small: dict[str, Any] = {}
     if recipe.sft is not None:
-        check_corpus(recipe)
-        one_step = {"max_steps": 1} | _QUIET
-        section = recipe.sft.model_copy(update={"train": recipe.sft.train | one_step})
-        train_sft(section, recipe, folder / "sft")
-        start = folder / "sft" / "model"
-    return prepare(recipe, config, rows, start, say)[-1]
+        train = recipe.sft.train | {"max_steps": 1} | _QUIET
+        small["sft"] = recipe.sft.model_copy(update={"train": train})
+    if recipe.candidates is not None:
+        # A pair of each prompt, and the pairs of a step more than is trained.
+        enough = (config.max_steps + 1) * config.per_device_train_batch_size
+        few = {"prompts": min(recipe.candidates.prompts, enough), "held_out": 0, "evaluation": 0}
+        small["candidates"] = recipe.candidates.model_copy(update=few)
+    recipe = recipe.model_copy(update=small)
+    make_start(recipe, folder, say)
+    recipe = started(recipe, folder)
+    rows = {"train": read_pairs_of(recipe, "train", say), "eval": None}
+    return prepare(recipe, config, rows, say)[-1]
 
 
 def _small_trainer(config: PreferenceConfig) -> PreferenceTrainer:

@@ -2,11 +2,11 @@
 
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.pair_scores import score_pairs
-from dpo_kit.evaluation.rewards import RewardFunction, load_reward
+from dpo_kit.evaluation.rewards import Reward, load_reward
 from dpo_kit.evaluation.sampling import Sample, load_prompts, sample_replies
 
 __all__ = [
-    "RewardFunction",
+    "Reward",
     "Sample",
     "load_prompts",
     "load_reward",

@@ -1,50 +1,63 @@
-"""A reward given as a Python function in a file of the user's own."""
+"""Rewards of replies: a Python function of the user's own, a classifier, or a reward model trained here.
+
+All have one form, so that whatever asks for a reward takes any of them.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo_kit.errors import InputError
 
-RewardFunction = Callable[[str], float]
+Reward = Callable[[Sequence[Any], Sequence[str]], list[float]]
+"""(prompts, each text or a list of messages; their replies) -> a finite number for each; higher is better."""
 
 
-def load_reward(spec: str) -> RewardFunction:
-    """The function of `FILE.py:FUNCTION`, from text (prompt and reply) to a finite number.
+def load_reward(spec: str, *, field: str = "eval.reward") -> Reward:
+    """What a recipe or the command line names.
 
-    The file is run: name only code that you trust.
+    Args:
+        spec: `FILE.py:FUNCTION`, a function from text (prompt and reply; the reply alone where the prompt is
+            messages) to a number. The file is run: name only code that you trust.
+        field: named in errors.
 
     Raises:
-        InputError: the file or the function is not there, or the file does not run. The function itself
-            raises InputError where it returns something other than a finite number.
+        InputError: what is named is not there or does not load. The reward itself raises InputError where
+            it comes to something other than a finite number.
     """
+    return _load_function(spec, field)
+
+
+def _load_function(spec: str, field: str) -> Reward:
     file, _, name = spec.rpartition(":")
     if not file or not name:
-        raise InputError(f"'{spec}' is not FILE.py:FUNCTION", field="eval.reward")
+        raise InputError(f"'{spec}' is not FILE.py:FUNCTION", field=field)
     path = Path(file)
     if not path.is_file():
-        raise InputError("no such file", file=path, field="eval.reward")
+        raise InputError("no such file", file=path, field=field)
     module_spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise InputError("this is not a Python file", file=path, field="eval.reward")
+        raise InputError("this is not a Python file", file=path, field=field)
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"the file does not run: {error!r}", file=path, field="eval.reward") from error
+        raise InputError(f"the file does not run: {error!r}", file=path, field=field) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"the file has no function '{name}'", file=path, field="eval.reward")
+        raise InputError(f"the file has no function '{name}'", file=path, field=field)
 
-    def reward(text: str) -> float:
-        value = function(text)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(
-                f"'{name}' gave {value!r} and not a finite number", file=path, field="eval.reward"
-            )
-        return float(value)
+    def reward(prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
+        values = []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            value = function(prompt + reply if isinstance(prompt, str) else reply)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise InputError(f"'{name}' gave {value!r} and not a finite number", file=path, field=field)
+            values.append(float(value))
+        return values
 
     return reward

@@ -1,0 +1,205 @@
+"""The sections of a recipe: every key typed, documented, with its default; `recipe.py` has the whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+
+from dpo_kit.pairs import LoadOptions
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The policy to start from: `path` or `config`, one of the two."""
+
+    path: str | None = Field(None, description="folder or hub id of a causal LM")
+    config: dict[str, Any] | None = Field(None, description="configuration with model_type: random weights")
+    tokenizer: str | None = Field(None, description="folder or hub id; default: beside the model")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of the weights"
+    )
+    lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
+    quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes quantisation")
+
+
+class ReferenceSection(Section):
+    """The frozen model that the policy is compared with."""
+
+    mode: Literal["auto", "live", "adapter_off", "adapter", "cached", "moving", "none"] = Field(
+        "auto", description="auto: cached where the loss allows it, none where it needs no reference"
+    )
+    path: str | None = Field(None, description="default: the policy as it was before the first step")
+    cache_dir: str | None = Field(None, description="default $DPO_KIT_CACHE or ~/.cache/dpo_kit")
+    adapter: str | None = Field(None, description="mode adapter: its folder, or its name in the policy")
+    update_every: int = Field(512, ge=1, description="mode moving (TR-DPO): steps between two updates")
+    update_weight: float = Field(0.6, gt=0, le=1, description="of the policy in an update; 1 replaces")
+
+
+# Each of the options of loading is a key of `data`, with its own words, so that it is written in one place.
+_LoadSection = create_model(
+    "_LoadSection",
+    __base__=Section,
+    **{
+        option.name: (
+            typing.get_type_hints(LoadOptions)[option.name],
+            Field(option.default, description=option.metadata["help"]),
+        )
+        for option in dataclasses.fields(LoadOptions)
+    },  # type: ignore[call-overload]
+)
+
+
+class DataSection(_LoadSection):
+    """Preference data, how it is loaded (`LoadOptions`) and how it becomes tokens."""
+
+    train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
+    eval: list[str] = Field(default_factory=list, description="held-out pairs")
+    max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
+    overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
+        "drop", description="beyond it"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="for the chat template")
+    num_proc: int | None = Field(None, ge=1, description="processes that tokenise")
+    cache_dir: str | None = Field(
+        None, description="of token ids; default $DPO_KIT_CACHE or ~/.cache/dpo_kit"
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class SftSection(Section):
+    """Supervised training of the policy on plain text before the preferences.
+
+    From `model.path`, or from `model.config` with a tokenizer that is learned on the corpus.
+    """
+
+    corpus: list[str] = Field(description="text files, one document a line; or sources with a field text")
+    documents: int | None = Field(None, ge=1, description="the first so many; default: all")
+    vocabulary: int = Field(1024, ge=300, description="of the byte-level BPE learned for a model.config")
+    max_length: int = Field(128, ge=2, description="tokens; a longer document is cut, and counted")
+    train: dict[str, Any] = Field(default_factory=dict, description="as the section train")
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class EvalSection(Section):
+    """What is measured beside the held-out pairs: samples on held-out prompts."""
+
+    prompts: str | None = Field(None, description="jsonl with a field prompt; none: nothing is sampled")
+    max_prompts: int | None = Field(None, ge=1, description="the first so many")
+    samples: int = Field(1, ge=1, description="replies per prompt")
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int = Field(64, ge=1, description="prompts generated at once")
+    reward: str | None = Field(
+        None, description="the true reward: FILE.py:FUNCTION, classifier:MODEL[@LABEL] or model:REWARD_MODEL"
+    )
+    every: int = Field(
+        0, ge=0, description="steps between two such measurements in training; 0: before and after"
+    )
+    seed: int = 0
+
+
+class CandidatesSection(Section):
+    """Pairs made by the policy itself, in place of `data.train`: sampled after SFT, labelled by a reward.
+
+    As in the controlled experiment of the DPO paper (arXiv 2305.18290, section 6.1): all pairs of the
+    replies to a prompt, and further prompts, none of them used for pairs, to evaluate on.
+    """
+
+    source: list[str] = Field(description="text files, or sources with a field prompt, or text")
+    prefix_tokens: tuple[int, int] | None = Field(
+        None, description="[least, most]: prompts are the first tokens of each text; default: whole prompts"
+    )
+    prompts: int = Field(1000, ge=1, description="distinct prompts for training pairs")
+    held_out: int = Field(100, ge=0, description="further ones for held-out pairs")
+    evaluation: int = Field(200, ge=0, description="further ones to sample on, where eval.prompts is null")
+    per_prompt: int = Field(4, ge=2, description="replies to each")
+    max_new_tokens: int | None = Field(None, ge=1, description="default: that of eval")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    batch_size: int = Field(64, ge=1, description="prompts generated at once")
+    reward: str | None = Field(None, description="what labels the pairs; default: that of eval")
+    labels: Literal["best", "bradley_terry"] = Field(
+        "best", description="the better reply is chosen; or with probability sigmoid(difference of rewards)"
+    )
+    seed: int = 0
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class RewardModelSection(Section):
+    """The reward model that PPO and Best-of-N learn from the pairs; starts as the policy does."""
+
+    path: str | None = Field(None, description="folder of one that is trained already")
+    loss: Any = Field(default_factory=lambda: {"name": "bradley_terry"}, description="as the section loss")
+    train: dict[str, Any] = Field(default_factory=dict, description="as the section train")
+
+
+class PpoSection(Section):
+    """PPO through TRL, on the prompts of the pairs (`dpo-kit ppo`)."""
+
+    output_dir: str | None = Field(None, description="run folder; default: that of train, with -ppo")
+    reward: str = Field(
+        "model", description="model: learned from the pairs; true: that of eval; or as eval.reward is written"
+    )
+    normalise: bool = Field(
+        True, description="reward minus its mean over the first policy's samples, over their deviation"
+    )
+    target_kl: float | None = Field(
+        None, gt=0, description="sequence KL that an adaptive kl_coef steers to; null: kl_coef stays"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="fields of TRL's PPOConfig")
+
+
+class MethodSection(Section):
+    """One method of the comparison: a run for each value swept and each seed."""
+
+    command: Literal["train", "ppo", "rloo", "best_of_n"] = "train"
+    label: str = Field(description="its name in pictures and tables")
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted keys of the recipe -> values")
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="a dotted key -> the values it takes in turn"
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0], description="train.seed of its runs")
+
+
+class FrontierSection(Section):
+    """The comparison (`dpo-kit frontier`): every method from the same start, pairs and prompts."""
+
+    output_dir: str | None = Field(None, description="folder; default: that of train, with -frontier")
+    methods: dict[str, MethodSection] = Field(min_length=1)
+    kl_levels: list[float] = Field(
+        default_factory=lambda: [2.0, 5.0, 10.0, 15.0], description="at which rewards are compared, nats"
+    )
+    best_of: list[int] = Field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128], description="N of Best-of-N"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="runs at once, a share of the cores each; default: half the cores, or 2"
+    )
+    quick: dict[str, Any] = Field(default_factory=dict, description="dotted keys -> values of the quick form")
+
+
+class ReportSection(Section):
+    """The page and pictures at the end of a run."""
+
+    enabled: bool = True
