@@ -13,7 +13,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[report,ppo,peft,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[report,ppo,judge,peft,dev]"
 	touch $(READY)
 
 # make train-dpo RECIPE=recipes/hh.yaml ARGS="data.train=my.jsonl model.path=my-model"

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dpo_kit import comparison_cli
 from dpo_kit.cli_options import Json, Sources, say, with_load_options
 from dpo_kit.data_cli import data_app
 from dpo_kit.pairs.options import LoadOptions
@@ -30,6 +31,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 cache_app = typer.Typer(no_args_is_help=True, help="Look after the reference's log-probs on disk.")
 app.add_typer(cache_app, name="cache")
+app.command()(comparison_cli.ppo)
+app.command()(comparison_cli.frontier)
 
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", help="Default: $DPO_KIT_CACHE or ~/.cache/dpo_kit.")
