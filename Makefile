@@ -6,7 +6,7 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: setup train-dpo test test-slow lint bench bench-data docs data clean
+.PHONY: setup train-dpo train-ppo frontier test test-slow lint bench bench-data docs data clean
 
 setup: $(READY)
 
@@ -19,6 +19,16 @@ $(READY): pyproject.toml constraints.txt
 # make train-dpo RECIPE=recipes/hh.yaml ARGS="data.train=my.jsonl model.path=my-model"
 train-dpo: $(READY)
 	$(BIN)/dpo-kit train $(RECIPE) $(ARGS)
+
+# PPO through TRL on the same recipe: the same policy, prompts, measurements and kind of run folder.
+train-ppo: $(READY)
+	$(BIN)/dpo-kit ppo $(RECIPE) $(ARGS)
+
+# Every method from one policy, on the same pairs and prompts -> runs/frontier. One that was stopped goes on.
+# make frontier QUICK=1 is the recipe's quick form.
+frontier: RECIPE = recipes/sentiment-small.yaml
+frontier: $(READY)
+	$(BIN)/dpo-kit frontier $(RECIPE) $(if $(QUICK),--quick) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest

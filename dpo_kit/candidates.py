@@ -1,45 +1,60 @@
 """Pairs made by the policy itself: replies to prompts, labelled by a reward (`candidates` in a recipe).
 
 As in the controlled experiment of the DPO paper (arXiv 2305.18290, section 6.1 and appendix C.1): all
-pairs of the replies to a prompt. What is written are ordinary files of pairs and of prompts.
+pairs of the replies to a prompt. What is written are ordinary files of pairs and of prompts. Which prompts
+is `prompts`', how replies are drawn `samples_file`'s, what pairs they make `labelling`'s.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import math
-import random
-from collections.abc import Sequence
-from itertools import combinations
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.errors import InputError
-from dpo_kit.evaluation.rewards import load_reward
-from dpo_kit.evaluation.sampling import Prompt, load_prompts, sample_replies
+from dpo_kit.evaluation.rewards import Reward, load_reward
+from dpo_kit.evaluation.sampling import load_prompts
+from dpo_kit.labelling import Account, Labelling, by_reward, labelled, read_candidates
 from dpo_kit.measurement import Say
 from dpo_kit.models import load_model
+from dpo_kit.pairs.writing import RowWriter
+from dpo_kit.prompts import Drawn, Prefixes, draw_prompts
 from dpo_kit.recipe import Recipe
+from dpo_kit.recipe_sections import CandidatesSection
 from dpo_kit.run_folder import write_text
+from dpo_kit.samples_file import Sampling, sample_to_file
+from dpo_kit.texts import Prompt, identity, read_prompts
 from dpo_kit.tokenizer import load_tokenizer
 
 TRAIN_FILE, HELD_OUT_FILE, PROMPTS_FILE = "train.jsonl", "heldout.jsonl", "prompts.jsonl"
 
 
 def check_candidates(recipe: Recipe) -> None:
-    """Refuse what would stop `make_pairs`: sources without enough prompts, a reward that does not load.
+    """Refuse what would stop `make_pairs`: sources without enough texts, a reward that does not load.
 
     Raises:
         InputError: naming the key.
     """
-    _deal_prompts(recipe)
+    section = _section(recipe)
+    wanted, seen = _wanted(section), set()
+    for text in read_prompts(section.source, field="candidates.source"):
+        seen.add(identity(text))
+        if len(seen) == wanted:
+            break
+    _require_enough(len(seen), wanted)
     _load_reward(recipe)
 
 
 def make_pairs(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """Sample, label, and write train.jsonl, heldout.jsonl and prompts.jsonl, unless they are there.
+
+    The replies stay beside them (*.samples.jsonl). Stopped anywhere and called again, it goes on with the
+    batch that was not whole, and ends with the same files.
 
     Args:
         recipe: its `model` is what replies are sampled from.
@@ -47,90 +62,155 @@ def make_pairs(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
         say: gets lines of progress.
 
     Returns:
-        Figures for summary.json, among them seconds and tokens spent.
+        Figures for summary.json, with candidates/ before their names: train_pairs, heldout_pairs; seconds of
+        sampling and labelling, tokens (through the policy) and tokens_sampled; replies that were unfinished
+        or empty; equal and ties, pairs left out; reward, its mean; and of texts what `Drawn.counts` has.
+
+    Raises:
+        InputError: sources, model and settings that do not fit together; or no pair came out.
     """
-    section = recipe.candidates
-    assert section is not None
+    section = _section(recipe)
     figures_file = folder / "figures.json"
     if figures_file.exists():
         return dict(json.loads(figures_file.read_text()))
-    train, held_out, evaluation = _deal_prompts(recipe)
     reward = _load_reward(recipe)
-    policy = load_model(recipe.model.path or {}, getattr(torch, recipe.model.dtype))
+    source = recipe.model.path or recipe.model.config
+    assert source is not None
     tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
+    drawn = _draw(recipe, tokenizer)
+    _tell_of(drawn, section, say)
+    policy = load_model(source, getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42)))
+    policy.to(recipe.training_config().device)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(section.seed)
-    figures: dict[str, Any] = {}
-    for name, prompts in ((TRAIN_FILE, train), (HELD_OUT_FILE, held_out)):
-        say(f"sampling {section.per_prompt} replies to each of {len(prompts)} prompts for {name}")
-        drawn = sample_replies(
-            policy,
-            tokenizer,
-            prompts,
-            samples=section.per_prompt,
-            max_new_tokens=section.max_new_tokens or recipe.eval.max_new_tokens,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            batch_size=section.batch_size,
-            seed=section.seed,
-            chat_template_kwargs=recipe.data.chat_template_kwargs,
+    totals: dict[str, Any] = {f"texts_{name}": count for name, count in drawn.counts.items()}
+    totals |= dict.fromkeys(("seconds", "tokens", "tokens_sampled", "unfinished"), 0)
+    account = Account()
+    train, held_out = section.prompts, section.prompts + section.held_out
+    parts = [(TRAIN_FILE, drawn.prompts[:train]), (HELD_OUT_FILE, drawn.prompts[train:held_out])]
+    for number, (name, prompts) in enumerate(parts):
+        if not prompts:
+            continue
+        stem = name.removesuffix(".jsonl")
+        say(f"sampling {section.per_prompt} replies to each of {len(prompts):,} prompts for {name}")
+        samples, how = folder / f"{stem}.samples.jsonl", _sampling(recipe, number)
+        template = recipe.data.chat_template_kwargs
+        spent = sample_to_file(
+            policy, tokenizer, prompts, samples, how, chat_template_kwargs=template, say=say
         )
-        values = reward([s.prompt for s in drawn], [s.reply for s in drawn])
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(drawn), section.per_prompt):
-            part = range(start, start + section.per_prompt)
-            replies = [(drawn[i].reply, values[i]) for i in part]
-            rows += pairs_of(drawn[start].prompt, replies, rng if section.labels == "bradley_terry" else None)
-        _write(folder / name, rows)
-        figures[f"candidates/{name.removesuffix('.jsonl')}_pairs"] = len(rows)
-    _write(folder / PROMPTS_FILE, [{"prompt": prompt} for prompt in evaluation])
+        began = time.monotonic()
+        totals[f"{stem}_pairs"] = _write_pairs(samples, folder / name, reward, section, number, account)
+        spent["seconds"] += time.monotonic() - began
+        for key in ("seconds", "tokens", "tokens_sampled", "unfinished"):
+            totals[key] += spent[key]
+    say(account.summary("pairs"))
+    _write_prompts(folder / PROMPTS_FILE, drawn.prompts[held_out:])
+    figures = {f"candidates/{key}": value for key, value in (totals | _figures(account)).items()}
     write_text(figures_file, json.dumps(figures))
+    del policy
+    _free_memory()
     return figures
 
 
-def pairs_of(
-    prompt: Prompt, replies: Sequence[tuple[str, float]], rng: random.Random | None
-) -> list[dict[str, Any]]:
-    """All pairs of (reply, reward) of a prompt; ties, equal and empty replies make none.
-
-    The better reply is chosen, or, with `rng`, one drawn by Bradley-Terry: P(first) = sigmoid(r1 - r2).
-    """
-    rows = []
-    for (first, first_reward), (second, second_reward) in combinations(replies, 2):
-        margin = first_reward - second_reward
-        if margin == 0 or first == second or not first.strip() or not second.strip():
-            continue
-        takes_first = rng.random() < 1 / (1 + math.exp(-margin)) if rng is not None else margin > 0
-        chosen, rejected = (first, second) if takes_first else (second, first)
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        rows.append(row | {"margin": round(margin if takes_first else -margin, 6)})
-    return rows
+def _free_memory() -> None:
+    """Training comes next, and needs what the model took."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def _deal_prompts(recipe: Recipe) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """Distinct prompts for training pairs, for held-out pairs and to evaluate on."""
-    section = recipe.candidates
-    assert section is not None
-    found = list({json.dumps(p): p for source in section.source for p in load_prompts(source)}.values())
-    random.Random(section.seed).shuffle(found)
-    counts = (section.prompts, section.held_out, section.evaluation)
-    if len(found) < sum(counts):
+def _section(recipe: Recipe) -> CandidatesSection:
+    assert recipe.candidates is not None
+    return recipe.candidates
+
+
+def _wanted(section: CandidatesSection) -> int:
+    return section.prompts + section.held_out + section.evaluation
+
+
+def _require_enough(found: int, wanted: int) -> None:
+    if found < wanted:
         raise InputError(
-            f"{sum(counts)} distinct prompts are asked for and {len(found)} are there",
+            f"{wanted} distinct prompts are asked for and {found} are there",
             field="candidates.prompts",
             mend="Ask for fewer, or name more sources.",
         )
-    train, held_out = counts[0], counts[0] + counts[1]
-    return found[:train], found[train:held_out], found[held_out : sum(counts)]
 
 
-def _load_reward(recipe: Recipe) -> Any:
-    assert recipe.candidates is not None
-    if recipe.candidates.reward is not None:
-        return load_reward(recipe.candidates.reward, field="candidates.reward")
+def _draw(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Drawn:
+    """Distinct prompts for training pairs, then for held-out pairs, then to evaluate on.
+
+    What `eval.prompts` names is none of them: no method may learn from what it is evaluated on.
+    """
+    section, given = _section(recipe), recipe.eval.prompts
+    prefixes = None
+    if section.prefix_tokens is not None:
+        prefixes = Prefixes(tokenizer, *section.prefix_tokens, seed=section.seed)
+    drawn = draw_prompts(
+        section.source,
+        _wanted(section),
+        seed=section.seed,
+        prefixes=prefixes,
+        without=load_prompts(given) if given is not None else (),
+    )
+    _require_enough(len(drawn.prompts), _wanted(section))
+    return drawn
+
+
+def _tell_of(drawn: Drawn, section: CandidatesSection, say: Say) -> None:
+    counts = drawn.counts
+    line = f"{len(drawn.prompts):,} prompts of {counts['texts']:,} texts"
+    if section.prefix_tokens is not None:
+        line += f"; {counts['too_short']:,} too short (not more than {section.prefix_tokens[1]} tokens)"
+        line += f"; {counts['no_border']:,} without a token's end to cut them at"
+    say(f"{line}; {counts['kept_out']:,} kept out since eval.prompts has them")
+
+
+def _sampling(recipe: Recipe, number: int) -> Sampling:
+    """How replies for the first or the second file are drawn."""
+    section = _section(recipe)
+    return Sampling(
+        samples=section.per_prompt,
+        max_new_tokens=section.max_new_tokens or recipe.eval.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        batch_size=section.batch_size,
+        seed=section.seed + number,
+    )
+
+
+def _write_pairs(
+    samples: Path, out: Path, reward: Reward, section: CandidatesSection, number: int, account: Account
+) -> int:
+    """The pairs of a file of samples; how many."""
+    labelling = Labelling(labels=section.labels, seed=section.seed + number)
+    with RowWriter(out) as writer:
+        for row in labelled(read_candidates([str(samples)]), by_reward(reward), labelling, account):
+            # Where it comes from is no part of a pair: another folder's files are the same.
+            writer.write({name: value for name, value in row.items() if name != "source"})
+        if not writer.rows:
+            raise InputError(
+                f"no pair came out of the candidates: {account.summary('pairs')}",
+                file=samples,
+                field="candidates",
+                mend="Sample more replies to a prompt, or look at what the reward gives.",
+            )
+    return writer.rows
+
+
+def _write_prompts(path: Path, prompts: list[Prompt]) -> None:
+    lines = (json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    write_text(path, "".join(lines))
+
+
+def _figures(account: Account) -> dict[str, Any]:
+    own = {"same_reply_in_list": "equal", "tie": "ties"}
+    left_out = dict.fromkeys(own, 0) | dict(account.left_out)
+    found: dict[str, Any] = {own.get(kind, f"left_out_{kind}"): count for kind, count in left_out.items()}
+    return found | {"empty": account.empty, "reward": account.mean}
+
+
+def _load_reward(recipe: Recipe) -> Reward:
+    spec = _section(recipe).reward
+    if spec is not None:
+        return load_reward(spec, field="candidates.reward")
     assert recipe.eval.reward is not None
     return load_reward(recipe.eval.reward)
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

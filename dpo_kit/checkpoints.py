@@ -21,7 +21,7 @@ from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from dpo_kit.errors import InputError, TrainingError
+from dpo_kit.errors import DivergedError, InputError
 from dpo_kit.packing import MicroBatch
 
 _COUNTS_FILE = "counts.json"
@@ -125,7 +125,7 @@ class CheckpointingTrainer(Trainer):
         """Write a checkpoint beside its place and rename it, so that a folder step-N is always whole."""
         assert self.model is not None
         if not all(bool(torch.isfinite(p).all()) for p in self.model.parameters() if p.requires_grad):
-            raise TrainingError(
+            raise DivergedError(
                 f"the weights are not finite at step {self.state.global_step}, and are not saved. The newest "
                 "checkpoint is kept. A smaller learning rate or more warm-up may mend it."
             )

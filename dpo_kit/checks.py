@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_kit.errors import TrainingError
+from dpo_kit.errors import DivergedError, TrainingError
 from dpo_kit.losses import LogProbs
 
 STOPPED = (
@@ -25,14 +25,14 @@ def check_finite(sources: Sequence[str], losses: Tensor, when: str) -> None:
         when: stands in the message.
 
     Raises:
-        TrainingError: naming up to five of the pairs.
+        DivergedError: naming up to five of the pairs.
     """
     finite = torch.isfinite(losses)
     if bool(finite.all()):
         return
     bad = [sources[i] or f"pair {i}" for i in (~finite).nonzero().flatten().tolist()]
     named = ", ".join(bad[:5])
-    raise TrainingError(
+    raise DivergedError(
         f"the loss is not finite {when}, on {len(bad)} of {len(losses)} pairs: {named}. {STOPPED}"
     )
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_kit import comparison_cli
+from dpo_kit import comparison_cli, evaluation_cli, sample_cli
 from dpo_kit.cli_options import Json, Sources, say, with_load_options
 from dpo_kit.data_cli import data_app
 from dpo_kit.pairs.options import LoadOptions
@@ -33,6 +33,8 @@ cache_app = typer.Typer(no_args_is_help=True, help="Look after the reference's l
 app.add_typer(cache_app, name="cache")
 app.command()(comparison_cli.ppo)
 app.command()(comparison_cli.frontier)
+app.command()(sample_cli.sample)
+app.command("eval")(evaluation_cli.evaluate)
 
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", help="Default: $DPO_KIT_CACHE or ~/.cache/dpo_kit.")

@@ -16,14 +16,21 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
 
 
-def ppo(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def ppo(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave a finished run of this recipe; begin another anew.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """PPO through TRL on the prompts of the pairs, with a reward model learned from them, or the true reward."""
     from dpo_kit.comparison.ppo_run import run_ppo
     from dpo_kit.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_ppo(loaded, say=_quiet if as_json else say)
+        result = run_ppo(loaded, resume=resume, say=_quiet if as_json else say)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
@@ -36,7 +43,10 @@ def frontier(
     quick: Annotated[bool, typer.Option("--quick", help="The recipe's quick form (frontier.quick).")] = False,
     as_json: Json = False,
 ) -> None:
-    """All methods from the same policy, on the same pairs: the reward-KL frontier. Goes on where it stopped."""
+    """All methods from the same policy, on the same pairs: the reward-KL frontier. Goes on where it stopped.
+
+    Exit status 1 where a run failed; one whose loss did not stay finite is a result, and marked.
+    """
     from dpo_kit.comparison.frontier import run_frontier
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -45,6 +55,8 @@ def frontier(
         )
     if as_json:
         print(json.dumps(found))
+    if found["failed"]:
+        raise typer.Exit(1)
 
 
 def _quiet(line: str) -> None:

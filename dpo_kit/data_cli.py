@@ -1,4 +1,4 @@
-"""`dpo-kit data`: look at preference data, convert it, split it; the known data sets and shapes."""
+"""`dpo-kit data`: look at preference data, convert, split and build it; the known data sets and shapes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpo_kit.cli_options import (
 )
 from dpo_kit.pairs.options import LoadOptions
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at preference data, convert it, split it.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at preference data, convert, split and build it.")
 
 
 @data_app.command("inspect")
@@ -165,6 +165,54 @@ def split(
     say(found.report.summary())
     say(f"wrote {found.train_rows:,} rows of {found.train_prompts:,} prompts to {train}")
     say(f"wrote {found.held_out_rows:,} rows of {found.held_out_prompts:,} prompts to {held_out}")
+
+
+@data_app.command("build")
+def build(
+    sources: Annotated[
+        list[str], typer.Argument(help="Candidates: prompt and completions, as `dpo-kit sample` writes them.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="File to write, as of convert.")],
+    reward: Annotated[
+        str | None,
+        typer.Option(help="FILE.py:FUNCTION, classifier:MODEL[@LABEL] or model:REWARD_MODEL: gives scores."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="As of eval: compares each two replies; scores are Bradley-Terry strengths."),
+    ] = None,
+    shape: Annotated[str, typer.Option(help="pairs, or ranked lists: lists.")] = "pairs",
+    labels: Annotated[
+        str, typer.Option(help="best: the better reply is chosen; bradley_terry: drawn by the scores.")
+    ] = "best",
+    pairs: Annotated[str, typer.Option(help="all, best_worst, adjacent or random:k.")] = "all",
+    min_margin: Annotated[float | None, typer.Option(help="Leave out pairs whose scores lie closer.")] = None,
+    seed: Annotated[int, typer.Option(help="Of labels and of random:k.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Candidates and a reward, or a judge -> pairs with margins, or ranked lists with scores."""
+    from dpo_kit.errors import InputError
+    from dpo_kit.labelling import Labelling, build_file, by_judge, by_reward
+
+    labelling = Labelling(shape, labels, pairs, min_margin, seed)  # type: ignore[arg-type]
+    if (reward is None) == (judge is None):
+        raise InputError("one of the two is needed", field="--reward or --judge")
+    with contextlib.redirect_stdout(sys.stderr):
+        if reward is not None:
+            from dpo_kit.evaluation import load_reward
+
+            score = by_reward(load_reward(reward, field="--reward"))
+        else:
+            from dpo_kit.evaluation.judges import load_judge
+
+            score = by_judge(load_judge(str(judge)).compare)
+        with _ending_cleanly():
+            account = build_file(sources, out, score, labelling)
+    if as_json:
+        print_json({"out": str(out), **account.to_dict()})
+        return
+    say(account.summary("pairs" if shape == "pairs" else "ranked lists"))
+    say(f"wrote {account.rows:,} rows to {out}")
 
 
 @data_app.command("list")

@@ -23,6 +23,10 @@ class TrainingError(DpoKitError):
     """The run cannot go on: a loss that is not finite, a reference that is not the policy."""
 
 
+class DivergedError(TrainingError):
+    """A loss, gradient or weight is not finite any more: what the settings came to, not a fault of theirs."""
+
+
 class InputError(DpoKitError):
     """The user's input is wrong.
 

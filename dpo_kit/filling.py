@@ -23,7 +23,7 @@ from dpo_kit.dealing import PromptGroups
 from dpo_kit.errors import DpoKitWarning
 from dpo_kit.examples import Example
 from dpo_kit.models import check_length
-from dpo_kit.packing import Layout
+from dpo_kit.packing import Layout, MicroBatch
 from dpo_kit.planning import Planner
 from dpo_kit.reference import CachedReference
 from dpo_kit.scoring import choose_layout
@@ -38,10 +38,12 @@ class Filled:
 
     Attributes:
         computed: sequences, by this rank.
+        tokens: that these took, each shared one once.
         seconds: looking up what is there included.
     """
 
     computed: int = 0
+    tokens: int = 0
     seconds: float = 0.0
 
 
@@ -107,11 +109,16 @@ def fill(
             warnings.warn(f"the reference: {reason}; padded sequences are used", DpoKitWarning, stacklevel=2)
         layouts.append(layout)
 
+    def plan(examples: list[Example]) -> list[MicroBatch]:
+        batches = planner.plan(examples, layouts[0])
+        filled.tokens += sum(batch.num_tokens for batch in batches)
+        return batches
+
     bar = tqdm(desc="reference", unit=" sequences", disable=True if args.disable_tqdm else None)
     with contextlib.closing(bar):
         filled.computed += reference.fill(
             groups(),
-            plan=lambda examples: planner.plan(examples, layouts[0]),
+            plan=plan,
             device=args.device,
             settle=settle,
             progress=bar.update,

@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpo_kit.checkpoints import CheckpointingTrainer
 from dpo_kit.checks import STOPPED, check_finite, check_step_zero
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import DpoKitWarning, TrainingError
+from dpo_kit.errors import DivergedError, DpoKitWarning
 from dpo_kit.losses import LogProbs, Objective
 from dpo_kit.metrics import DisplacementWatch, WeightedMeans, pair_metrics
 from dpo_kit.models import tree_attention
@@ -191,7 +191,7 @@ class TrainingLoop(CheckpointingTrainer):
         # A gradient scaler (fp16) skips such steps by itself.
         checked = norm is not None and self.accelerator.scaler is None
         if checked and not bool(torch.isfinite(torch.as_tensor(norm))):
-            raise TrainingError(f"the gradient is not finite at step {self.state.global_step + 1}. {STOPPED}")
+            raise DivergedError(f"the gradient is not finite at step {self.state.global_step + 1}. {STOPPED}")
         return norm
 
     def _take_means(self, split: str) -> dict[str, float]:

@@ -184,7 +184,10 @@ class SampleTracker(TrainerCallback):
         """Measure where it is time."""
         every = self.samples.recipe.eval.every
         if (every and state.global_step % every == 0) or state.global_step >= state.max_steps:
+            # Logging what is measured would have the trainer forget its own line of this step.
+            due = control.should_log
             self.measure(state.global_step)
+            control.should_log = due
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -22,6 +22,7 @@ from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
 from dpo_kit.pairs import LoadOptions
 from dpo_kit.recipe_sections import (
+    BestOfNSection,
     CandidatesSection,
     DataSection,
     EvalSection,
@@ -50,6 +51,7 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     reward_model: RewardModelSection = RewardModelSection()
     ppo: PpoSection = PpoSection()
+    best_of_n: BestOfNSection = BestOfNSection()
     frontier: FrontierSection | None = None
     report: ReportSection = ReportSection()
 
@@ -206,6 +208,13 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.candidates is not None:
         _check_candidates(recipe)
+    has_tokenizer = model.path is not None or model.tokenizer is not None
+    if recipe.sft is not None and has_tokenizer and recipe.sft.vocabulary != SftSection(corpus=[]).vocabulary:
+        raise InputError(
+            "a tokenizer is there, and none is learned on the corpus",
+            field="sft.vocabulary",
+            mend="Leave it out, or name neither model.path nor model.tokenizer.",
+        )
     if model.config is not None and model.tokenizer is None and recipe.sft is None:
         raise InputError(
             "a model made from a configuration has no tokenizer beside it",
@@ -220,6 +229,7 @@ def _check_together(recipe: Recipe) -> None:
 
 def _check_candidates(recipe: Recipe) -> None:
     assert recipe.candidates is not None
+    _check_prefixes(recipe.candidates.prefix_tokens)
     for name in ("train", "eval"):
         if getattr(recipe.data, name):
             raise InputError(
@@ -232,6 +242,15 @@ def _check_candidates(recipe: Recipe) -> None:
             "nothing tells the better candidate",
             field="candidates.reward",
             mend="Name a reward there or in eval.reward, as FILE.py:FUNCTION.",
+        )
+
+
+def _check_prefixes(lengths: tuple[int, int] | None) -> None:
+    if lengths is not None and not 1 <= lengths[0] <= lengths[1]:
+        raise InputError(
+            f"expected [least, most] tokens from 1, got {list(lengths)}",
+            field="candidates.prefix_tokens",
+            mend="As in [2, 8].",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 
@@ -170,6 +170,16 @@ class PpoSection(Section):
     settings: dict[str, Any] = Field(default_factory=dict, description="fields of TRL's PPOConfig")
 
 
+class BestOfNSection(Section):
+    """Best-of-N: of N replies of the policy, the one that the learned reward likes best."""
+
+    n: list[Annotated[int, Field(ge=1)]] = Field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128],
+        min_length=1,
+        description="the values of N; as many replies as the largest are drawn for each prompt",
+    )
+
+
 class MethodSection(Section):
     """One method of the comparison: a run for each value swept and each seed."""
 
@@ -189,9 +199,6 @@ class FrontierSection(Section):
     methods: dict[str, MethodSection] = Field(min_length=1)
     kl_levels: list[float] = Field(
         default_factory=lambda: [2.0, 5.0, 10.0, 15.0], description="at which rewards are compared, nats"
-    )
-    best_of: list[int] = Field(
-        default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128], description="N of Best-of-N"
     )
     workers: int | None = Field(
         None, ge=1, description="runs at once, a share of the cores each; default: half the cores, or 2"

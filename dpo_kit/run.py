@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dpo_kit.measurement import Samples, SampleTracker, Say, held_out_figures, s
 from dpo_kit.models import check_length, embedded_tokens, load_model, load_reward_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
-from dpo_kit.reference import CachedReference
+from dpo_kit.reference import CachedReference, NoReference
 from dpo_kit.run_folder import (
     check_same_run,
     describe_environment,
@@ -73,13 +74,8 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     config = recipe.training_config()
     folder = Path(str(config.output_dir))
     resolved = recipe.resolved(config)
-    if resume:
-        check_same_run(folder, resolved)
-        if is_finished(folder, resolved):
-            say(f"the run in {folder} is finished")
-            return RunResult(
-                folder, json.loads((folder / "summary.json").read_text()), folder / "report.html"
-            )
+    if resume and (finished := finished_run(folder, resolved, say)):
+        return finished
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
     check_start(recipe)
     samples = Samples.of(recipe)
@@ -87,9 +83,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     figures: dict[str, Any] = {}
     if started(recipe, folder) is recipe:
         parts = prepare(recipe, config, rows, say, samples)
-        _open_folder(folder, resume, say)
+        open_folder(folder, resume, say)
     else:
-        _open_folder(folder, resume, say)
+        open_folder(folder, resume, say)
         figures |= make_start(recipe, folder, say)
         recipe, made_pairs = started(recipe, folder), recipe.candidates is not None
         if made_pairs:
@@ -97,30 +93,69 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
         parts = prepare(recipe, config, rows, say, samples)
     policy, tokenizer, data, trainer = parts
-    write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    environment = describe_environment(config, policy, {s: d and d.dataset for s, d in data.items()})
-    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    write_origin(folder, resolved, config, policy, {s: d and d.dataset for s, d in data.items()})
     checkpoint = newest_checkpoint(folder) if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     tracker = _track(recipe, trainer, tokenizer, samples, folder, say)
     # The policy is not trained yet, nor is the checkpoint loaded that the run goes on from.
-    tracker.before()
+    if checkpoint is None:
+        tracker.measure(0)
+    else:
+        tracker.before()
     trainer.add_callback(tracker)
     figures |= _fill(trainer, say)
     figures |= _train(trainer, checkpoint, say)
     if data["eval"] is not None:
         figures |= held_out_figures(trainer, data["eval"].dataset)
     figures |= sample_figures(folder, trainer.state.global_step)
+    return close_run(recipe, folder, resolved, figures, trainer.save_model, say)
+
+
+def finished_run(folder: Path, resolved: dict[str, Any], say: Say) -> RunResult | None:
+    """What a resume finds done already: all of the run, or nothing.
+
+    Raises:
+        InputError: the folder holds a run of another recipe, or no run.
+    """
+    check_same_run(folder, resolved)
+    if not is_finished(folder, resolved):
+        return None
+    say(f"the run in {folder} is finished")
+    return RunResult(folder, json.loads((folder / "summary.json").read_text()), folder / "report.html")
+
+
+def write_origin(
+    folder: Path,
+    resolved: dict[str, Any],
+    config: PreferenceConfig,
+    policy: PreTrainedModel,
+    data: dict[str, Dataset | None],
+) -> None:
+    """recipe.yaml and environment.json: what the run is made from, and in."""
+    write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+    environment = describe_environment(config, policy, data)
+    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+
+
+def close_run(
+    recipe: Recipe,
+    folder: Path,
+    resolved: dict[str, Any],
+    figures: dict[str, Any],
+    save_model: Callable[[str], None],
+    say: Say,
+) -> RunResult:
+    """model/, summary.json with the figures, and the report: what makes a run whole."""
     written = folder / ".model.writing"
-    trainer.save_model(str(written))
+    save_model(str(written))
     replace_folder(written, folder / "model")
     figures["recipe"] = digest_recipe(resolved)
     write_text(folder / "summary.json", json.dumps(figures, indent=2))
     return RunResult(folder, figures, _report(recipe, folder, say))
 
 
-def _open_folder(folder: Path, resume: bool, say: Say) -> None:
+def open_folder(folder: Path, resume: bool, say: Say) -> None:
     """The run folder, without what an earlier run left there unless this one goes on from it."""
     try:
         if not resume and (moved := make_room(folder)):
@@ -204,6 +239,19 @@ def _tokenize(
     return found
 
 
+def lora_config(recipe: Recipe) -> Any:
+    """peft's configuration of the policy's adapter; None where it has none."""
+    if recipe.model.lora is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        task = "SEQ_CLS" if make_objective(recipe.loss).needs_rewards else "CAUSAL_LM"
+        return LoraConfig(**({"task_type": task} | recipe.model.lora))
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error), field="model.lora") from error
+
+
 def _make_trainer(
     recipe: Recipe,
     config: PreferenceConfig,
@@ -211,15 +259,7 @@ def _make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     data: dict[str, TokenizedPairs | None],
 ) -> PreferenceTrainer:
-    lora = None
-    if recipe.model.lora is not None:
-        from peft import LoraConfig
-
-        try:
-            task = "SEQ_CLS" if make_objective(recipe.loss).needs_rewards else "CAUSAL_LM"
-            lora = LoraConfig(**({"task_type": task} | recipe.model.lora))
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error), field="model.lora") from error
+    lora = lora_config(recipe)
     train, held_out = data["train"], data["eval"]
     try:
         return PreferenceTrainer(
@@ -281,10 +321,19 @@ def _track(
         load_reference=lambda: load_start(recipe)[0].to(trainer.args.device).eval(),  # type: ignore[arg-type]
         folder=folder,
         log=trainer.log,
-        cost=trainer.cost,
+        cost=lambda: _cost(trainer),
         pause=trainer.clock_stopped,
         say=say,
     )
+
+
+def _cost(trainer: PreferenceTrainer) -> dict[str, float]:
+    """Seconds of training so far, and tokens through the policy or, before and beside it, the reference."""
+    cost = trainer.cost()
+    if isinstance(trainer.reference, CachedReference):
+        return cost | {"tokens": cost["tokens"] + trainer.filled.tokens}
+    forwards = 1 if isinstance(trainer.reference, NoReference) else 2
+    return cost | {"tokens": cost["tokens"] * forwards}
 
 
 def _fill(trainer: PreferenceTrainer, say: Say) -> dict[str, Any]:
@@ -308,6 +357,7 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dic
         "train_loss": float(result.metrics["train_loss"]),
         "steps": trainer.state.global_step,
         "pairs_per_second": trainer.pairs_seen / runtime,
+        "tokens": int(_cost(trainer)["tokens"]),
         "tokens_saved_share": trainer.tokens_saved_share,
         "layout": trainer.layout,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),

@@ -75,8 +75,8 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
         "reference.update_every": 512,
         "reference.update_weight": 0.6,
     }
-    before |= _flat(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    now = _flat(resolved)
+    before |= flat_keys(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    now = flat_keys(resolved)
     for key in sorted(before.keys() | now.keys()):
         fixed = any(key == name or key.startswith(f"{name}.") for name in _FIXED)
         if fixed and key not in _FREE and before.get(key) != now.get(key):
@@ -103,13 +103,13 @@ def digest_recipe(resolved: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+def flat_keys(content: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries -> dotted keys."""
     if not isinstance(content, dict):
         return {prefix: content}
     found: dict[str, Any] = {}
     for key, value in content.items():
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        found |= flat_keys(value, f"{prefix}.{key}" if prefix else str(key))
     return found
 
 

@@ -8,6 +8,8 @@ from families import make_model
 
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Sample, load_prompts, load_reward, sample_replies, sequence_kl
+from dpo_kit.recipe import Recipe
+from dpo_kit.run import run_recipe
 from dpo_kit.tokenizer import train_byte_level_bpe
 
 
@@ -109,3 +111,24 @@ def test_prompts_from_a_file(tmp_path):
         path.write_text(text)
         with pytest.raises(InputError, match=message):
             load_prompts(path)
+
+
+def test_measuring_on_the_way_takes_no_line_of_training_away(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    rows = [{"prompt": p, "chosen": " good", "rejected": " bad"} for p in PROMPTS]
+    for name, count in (("pairs", 4), ("prompts", 1)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * count))
+    train = {"output_dir": str(tmp_path / "run"), "max_steps": 4, "logging_steps": 2, "batch_size": 4}
+    recipe = {
+        "model": {"path": str(tmp_path / "lm")},
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "cache")},
+        "reference": {"cache_dir": str(tmp_path / "cache")},
+        "train": train | {"save_strategy": "no", "use_cpu": True, "disable_tqdm": True},
+        "eval": {"prompts": str(tmp_path / "prompts.jsonl"), "max_new_tokens": 2, "every": 2},
+        "report": {"enabled": False},
+    }
+    folder = run_recipe(Recipe.check(recipe), say=lambda line: None).folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_kl" in line] == [0, 2, 4]
+    assert {2, 4} <= {line["step"] for line in lines if "loss" in line}

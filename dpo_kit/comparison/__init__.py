@@ -7,6 +7,8 @@ A comparison's folder (`frontier.output_dir`):
     reward_model/        a run folder: the reward model learned from the pairs
     runs/NAME/           a run folder for each method, setting and seed
     runs/NAME.yaml       its recipe, an ordinary one; runs/NAME.log what the run said
+    reference/           the cached log-probs that the runs share
+    runs.csv             how each run ended
     frontier.csv         method, setting, seed, step, reward, kl, seconds, tokens
     matched.csv          reward of each method at matched KL, with bootstrap intervals
     costs.csv            what each method takes

@@ -15,6 +15,13 @@ from dpo_kit.recipe_sections import MethodSection
 from dpo_kit.start import started
 from dpo_kit.yaml_file import set_key
 
+# Sections of a recipe that only some commands read: a change there makes no other run of the others.
+_READ_BY = {
+    "ppo": ("ppo", "rloo"),
+    "reward_model": ("ppo", "rloo", "best_of_n"),
+    "best_of_n": ("best_of_n",),
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -38,6 +45,11 @@ class Run:
     name: str
     recipe: Recipe
 
+    @property
+    def folder(self) -> Path:
+        """Its run folder."""
+        return Path(str(self.recipe.train["output_dir"]))
+
 
 def output_folder(recipe: Recipe) -> Path:
     """The folder of a comparison."""
@@ -47,10 +59,18 @@ def output_folder(recipe: Recipe) -> Path:
 
 
 def quick_form(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's content with `frontier.quick` set in it."""
+    """A recipe's content with `frontier.quick` set in it, each key as a whole.
+
+    Raises:
+        InputError: it has none.
+    """
     changed = copy.deepcopy(content)
-    for key, value in (changed.get("frontier") or {}).get("quick", {}).items():
-        set_key(changed, key, value)
+    section = changed.get("frontier")
+    quick = section.get("quick") if isinstance(section, dict) else None
+    if not isinstance(quick, dict) or not quick:
+        raise InputError("the recipe has no quick form", field="frontier.quick", mend="Name what it changes.")
+    for key, value in quick.items():
+        set_key(changed, str(key), value)
     return changed
 
 
@@ -63,6 +83,8 @@ def runs_of(recipe: Recipe, folder: Path) -> list[Run]:
     assert recipe.frontier is not None
     base = started(recipe, folder / "start").model_dump() | {"frontier": None}
     base["reward_model"]["path"] = base["reward_model"]["path"] or str(folder / "reward_model" / "model")
+    # A cache of the comparison's own: what the reference takes is paid, and counted, by its runs.
+    base["reference"]["cache_dir"] = base["reference"]["cache_dir"] or str(folder / "reference")
     base["report"] = {"enabled": False}
     found = []
     for method, section in recipe.frontier.methods.items():
@@ -81,10 +103,13 @@ def _run(
     base: dict[str, Any], folder: Path, method: str, section: MethodSection, swept: dict[str, Any], seed: int
 ) -> Run:
     setting = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in swept.items())
-    name = "-".join(filter(None, [method, re.sub(r"[^\w.=]+", "-", setting), f"seed{seed}"]))
-    content = copy.deepcopy(base)
+    name = "-".join(filter(None, [method, re.sub(r"[^\w.=+-]+", "-", setting), f"seed{seed}"]))
+    unread = [key for key, readers in _READ_BY.items() if section.command not in readers]
+    content = {key: copy.deepcopy(value) for key, value in base.items() if key not in unread}
     place = str(folder / "runs" / name)
-    changes = section.set | swept | {"train.seed": seed, "train.output_dir": place, "ppo.output_dir": place}
+    changes = section.set | swept | {"train.seed": seed, "train.output_dir": place}
+    if "ppo" not in unread:
+        changes["ppo.output_dir"] = place
     try:
         for key, value in changes.items():
             set_key(content, key, copy.deepcopy(value))

@@ -21,21 +21,54 @@ def load_reward(spec: str, *, field: str = "eval.reward") -> Reward:
     """What a recipe or the command line names.
 
     Args:
-        spec: `FILE.py:FUNCTION`, a function from text (prompt and reply; the reply alone where the prompt is
-            messages) to a number. The file is run: name only code that you trust.
+        spec: one of
+
+            - `classifier:MODEL[@LABEL]`, a sequence classifier of transformers, folder or hub id: the
+              log-odds of the label (by itself the one called positive) for text;
+            - `model:FOLDER`, a reward model that dpo_kit trained;
+            - `FILE.py:FUNCTION`, a function from text to a number. The file is run: name only code that you
+              trust. Where its name begins as one of the others do, write ./ before it.
+
+            Text is prompt and reply; the reply alone where the prompt is messages.
         field: named in errors.
 
     Raises:
         InputError: what is named is not there or does not load. The reward itself raises InputError where
             it comes to something other than a finite number.
     """
+    for prefix, load in _KINDS.items():
+        if spec.startswith(prefix):
+            return load(spec.removeprefix(prefix), field)
     return _load_function(spec, field)
+
+
+def text_of(prompt: Any, reply: str) -> str:
+    """What a reward of text is given: prompt and reply, or the reply alone after messages."""
+    return prompt + reply if isinstance(prompt, str) else reply
+
+
+def _load_classifier(name: str, field: str) -> Reward:
+    from dpo_kit.evaluation.classifiers import load_classifier
+
+    scores = load_classifier(name, field=field)
+    return lambda prompts, replies: scores([text_of(p, r) for p, r in zip(prompts, replies, strict=True)])
+
+
+def _load_model(folder: str, field: str) -> Reward:
+    from dpo_kit.evaluation.reward_models import load_learned_reward
+
+    return load_learned_reward(folder, field=field)
+
+
+_KINDS: dict[str, Callable[[str, str], Reward]] = {"classifier:": _load_classifier, "model:": _load_model}
 
 
 def _load_function(spec: str, field: str) -> Reward:
     file, _, name = spec.rpartition(":")
     if not file or not name:
-        raise InputError(f"'{spec}' is not FILE.py:FUNCTION", field=field)
+        raise InputError(
+            f"'{spec}' is not FILE.py:FUNCTION, classifier:MODEL[@LABEL] or model:FOLDER", field=field
+        )
     path = Path(file)
     if not path.is_file():
         raise InputError("no such file", file=path, field=field)
@@ -54,7 +87,7 @@ def _load_function(spec: str, field: str) -> Reward:
     def reward(prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
         values = []
         for prompt, reply in zip(prompts, replies, strict=True):
-            value = function(prompt + reply if isinstance(prompt, str) else reply)
+            value = function(text_of(prompt, reply))
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise InputError(f"'{name}' gave {value!r} and not a finite number", file=path, field=field)
             values.append(float(value))

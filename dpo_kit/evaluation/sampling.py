@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_kit.encoding import encode_rows
 from dpo_kit.errors import InputError
-
-Prompt = str | list[dict[str, str]]
+from dpo_kit.texts import Prompt, read_prompts
 
 
 @dataclass(frozen=True)
@@ -27,37 +25,23 @@ class Sample:
         reply: decoded text, without special tokens.
         prompt_ids: the prompt's tokens.
         reply_ids: the sampled tokens, with the end token where it was reached.
+        finished: whether it was, before the limit of new tokens.
     """
 
     prompt: Prompt
     reply: str
     prompt_ids: list[int]
     reply_ids: list[int]
+    finished: bool = True
 
 
 def load_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """The field `prompt` of each line of a jsonl file, text or messages.
+    """The prompts to evaluate on, texts or messages: `read_prompts` of one source.
 
     Raises:
         InputError: no such file, broken JSON, or a line without a prompt.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"the prompts cannot be read: {problem}", file=path, field="eval.prompts") from None
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"broken JSON: {error}", file=path, line=number) from None
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(prompt, (str, list)) or not prompt:
-            raise InputError("expected text or a list of messages", file=path, line=number, field="prompt")
-        prompts.append(prompt)
+    prompts = list(read_prompts([str(path)], field="eval.prompts"))
     if not prompts:
         raise InputError("there is no prompt in the file", file=path, field="eval.prompts")
     return prompts[:limit]
@@ -143,7 +127,7 @@ def sample_replies(
                     place = start + i // samples
                     cut = _until_end(reply, ends)
                     text = str(tokenizer.decode(cut, skip_special_tokens=True))
-                    found.append(Sample(prompts[place], text, encoded[place], cut))
+                    found.append(Sample(prompts[place], text, encoded[place], cut, cut[-1] in ends))
     finally:
         model.train(training)
     return found

@@ -55,17 +55,29 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """One PNG file; its panels stand one above the other and share the step axis."""
+    """One PNG file; its panels stand one above the other and share the x axis.
+
+    `x` is the metric on the x axis, or "step"; a picture against a metric has the lines that logged both.
+    """
 
     name: str
     title: str
     panels: tuple[Panel, ...]
+    x: str = "step"
+    xlabel: str = "optimiser step"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing of training is in it."""
+        return all(series.held_out for panel in self.panels for series in panel.series)
 
 
 def pictures(words: Words) -> tuple[Picture, ...]:
     """All that can be drawn of a run; what it did not log is left out in drawing."""
     sides = words.chosen, words.rejected
     return (
+        _samples("samples", "Reward and KL of samples while training"),
+        _path(),
         Picture("loss", "Loss", (_train_and_eval("loss", "loss"),)),
         Picture(
             "accuracy",
@@ -90,6 +102,7 @@ def pictures(words: Words) -> tuple[Picture, ...]:
             ),
         ),
         Picture("teaching", "How much still teaches", (_teaching(),)),
+        *_rollouts(),
         Picture("tokens", "Distribution of the next token", _token_metrics()),
         Picture(
             "optimiser",
@@ -109,8 +122,16 @@ def pictures(words: Words) -> tuple[Picture, ...]:
 
 def comparison_pictures(words: Words) -> list[Picture]:
     """`pictures` with training and held-out series in pictures of their own, lest the overlay be a tangle."""
-    found = []
+    found = [
+        _samples(
+            "samples_seconds", "Reward and KL of samples against time", "seconds", "seconds of training"
+        ),
+        _samples("samples_tokens", "Reward and KL of samples against work", "tokens", "tokens computed"),
+    ]
     for picture in pictures(words):
+        if picture.held_out:
+            found.append(picture)
+            continue
         for held_out, suffix, title in ((False, "", "training"), (True, "_eval", "held-out")):
             panels = tuple(
                 replace(
@@ -125,6 +146,62 @@ def comparison_pictures(words: Words) -> list[Picture]:
                 heading = f"{picture.title} ({title} {words.examples})" if both else picture.title
                 found.append(Picture(picture.name + suffix, heading, panels))
     return found
+
+
+def _samples(name: str, title: str, x: str = "step", xlabel: str = "optimiser step") -> Picture:
+    """The true reward of the policy's samples on held-out prompts, and their KL to the reference."""
+    panels = (
+        Panel("mean reward", (Series("eval_reward", "reward", VERMILION),)),
+        Panel("KL (nats)", (Series("eval_kl", "KL", VERMILION),), zero=True),
+    )
+    return Picture(name, title, panels, x, xlabel)
+
+
+def _path() -> Picture:
+    """What a run pays for its reward: each evaluation is a point."""
+    panel = Panel("mean reward", (Series("eval_reward", "reward", VERMILION),))
+    title = "Reward of samples against KL, on the way"
+    return Picture("reward_kl", title, (panel,), "eval_kl", "KL to the reference (nats)")
+
+
+def _rollouts() -> tuple[Picture, ...]:
+    """What PPO logs, by TRL's names: of the replies that it samples to learn from, and of its updates."""
+    penalised = Series("objective/rlhf_reward", "score less KL penalty", VERMILION)
+    return (
+        Picture(
+            "rollouts",
+            "Score of rollouts, and less the KL penalty",
+            (
+                Panel("score", (Series("objective/scores", "score"),)),
+                Panel("less KL penalty", (penalised,)),
+            ),
+        ),
+        Picture(
+            "rollouts_kl",
+            "KL of rollouts",
+            (
+                Panel("KL estimate (nats)", (Series("objective/kl", "KL"),), zero=True, height=1.6),
+                Panel("weight of KL", (Series("kl_coef", "weight of KL", GREEN, exact=True),)),
+            ),
+        ),
+        Picture(
+            "ppo_losses",
+            "PPO's losses",
+            (
+                Panel("policy loss", (Series("loss/policy_avg", "policy loss"),)),
+                Panel("value loss", (Series("loss/value_avg", "value loss", VERMILION),)),
+            ),
+        ),
+        Picture(
+            "ppo_updates",
+            "How far an update goes",
+            (
+                Panel("KL (nats)", (Series("policy/approxkl_avg", "KL"),)),
+                Panel("clipped", (Series("policy/clipfrac_avg", "clipped", VERMILION),), share=True),
+                Panel("ratio", (Series("val/ratio", "ratio", GREEN),)),
+            ),
+        ),
+    )
 
 
 def _train_and_eval(key: str, ylabel: str, ceiling: bool = False) -> Panel:

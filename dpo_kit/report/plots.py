@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from dpo_kit.report.pictures import BLUE, GREEN, VERMILION, Panel, Picture, Series
@@ -61,7 +61,7 @@ def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes 
     One run: a colour for each series, the logged values faint behind the running mean. Several: a colour
     for each run, running means only. Values that are not finite leave gaps.
     """
-    filled = [p for p in picture.panels if any(_has_data(r, s.key) for r in runs for s in p.series)]
+    filled = [p for p in picture.panels if any(_has_data(r, s, picture.x) for r in runs for s in p.series)]
     if not filled:
         return None
     figure = Figure(figsize=(6.4, 3.8), dpi=DPI, layout="constrained")
@@ -75,29 +75,46 @@ def draw(picture: Picture, runs: Sequence[Run], labels: Sequence[str]) -> bytes 
         if panel.zero:
             axes.axhline(0, color=GREY, linewidth=1)
         one = len(runs) == 1
-        legends.append(_draw_one(axes, panel, runs[0]) if one else _draw_overlay(axes, panel, runs, labels))
+        legend = (
+            _draw_one(axes, panel, runs[0], picture.x)
+            if one
+            else _draw_overlay(axes, panel, runs, labels, picture.x)
+        )
+        legends.append(legend)
         if panel.share:
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, -0.02), min(high, 1.02))
     _place_legends(figure, filled, legends, repeat=len(runs) == 1)
-    all_axes[-1].set_xlabel("optimiser step")
+    if picture.x != "step":
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8))
+        all_axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    all_axes[-1].set_xlabel(picture.xlabel)
     return png_of(figure)
 
 
-def png_of(figure: Figure) -> bytes:
-    """The figure as a PNG with a palette of 128 colours, a quarter of the size of one in full colour."""
+def png_of(figure: Figure, *, palette: bool = True) -> bytes:
+    """The figure as a PNG; with a palette of 128 colours, which few lines need, a quarter of the size."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     # Maximum coverage keeps rare colours, such as a thin line's; median cut would blend them away.
-    image = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    if palette:
+        image = image.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True, dpi=(DPI, DPI))
     return buffer.getvalue()
 
 
-def _has_data(run: Run, key: str) -> bool:
-    return bool(np.isfinite(run.curve(key)[1]).any())
+def _has_data(run: Run, series: Series, x: str) -> bool:
+    return bool(np.isfinite(run.curve(series.key, x)[1]).any())
+
+
+def short(value: float) -> str:
+    """A number for an axis: 2.5 M."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:,.4g} {unit}"
+    return f"{value:,.4g}"
 
 
 def dress(axes: Axes, ylabel: str) -> None:
@@ -112,10 +129,10 @@ def dress(axes: Axes, ylabel: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
-def _draw_one(axes: Axes, panel: Panel, run: Run) -> Legend:
+def _draw_one(axes: Axes, panel: Panel, run: Run, x: str) -> Legend:
     handles: list[Line2D] = []
     for series in panel.series:
-        steps, values = run.curve(series.key)
+        steps, values = run.curve(series.key, x)
         if not np.isfinite(values).any():
             continue
         handles += axes.plot(*_line(steps, values, series), **_style(series, series.colour, len(steps)))
@@ -132,14 +149,14 @@ def _draw_one(axes: Axes, panel: Panel, run: Run) -> Legend:
     return handles, [str(handle.get_label()) for handle in handles]
 
 
-def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequence[str]) -> Legend:
+def _draw_overlay(axes: Axes, panel: Panel, runs: Sequence[Run], labels: Sequence[str], x: str) -> Legend:
     handles: list[Line2D] = []
     names: list[str] = []
     ceilings = [run.figure("eval/accuracy_ceiling") if panel.ceiling else None for run in runs]
     for run, label, colour, ceiling in zip(runs, labels, run_colours(len(runs)), ceilings, strict=True):
         drawn: list[Line2D] = []
         for series in panel.series:
-            steps, values = run.curve(series.key)
+            steps, values = run.curve(series.key, x)
             if np.isfinite(values).any():
                 drawn += axes.plot(*_line(steps, values, series), **_style(series, colour, len(steps)))
         if drawn:

@@ -17,6 +17,9 @@ import yaml
 
 from dpo_kit.errors import InputError
 
+# What TRL's PPO calls a metric that goes by the name on the left elsewhere.
+_OTHER_NAMES = {"learning_rate": "lr", "kl_coef": "objective/kl_coef"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -44,26 +47,33 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name
 
-    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (int64) and values (float64) of the lines that have `key`, one per step, in order.
+    def curve(self, key: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+        """Steps (int64), or values of another metric `x` (float64), and values (float64) of `key`.
 
-        A null counts as missing; NaN and infinity stay, for the caller to see. Where one step has the
-        key twice, the later line holds. Raises InputError for a value that is not a number.
+        Of the lines that have both, one per step, in order. A null counts as missing; NaN and infinity
+        stay, for the caller to see. Where one step has the key twice, the later line holds. Raises
+        InputError for a value that is not a number.
         """
-        points: dict[int, float] = {}
+        points: dict[int, tuple[float, float]] = {}
         for row in self.rows:
-            value = row.values.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(
-                    f"expected a number, found {value!r}",
-                    file=self.path / "metrics.jsonl",
-                    line=row.line,
-                    field=key,
-                )
-            points[row.step] = float(value)
-        return np.array(list(points), dtype=np.int64), np.array(list(points.values()), dtype=np.float64)
+            place, value = self._number(row, x), self._number(row, key)
+            if place is not None and value is not None:
+                points[row.step] = place, value
+        places, values = zip(*points.values(), strict=True) if points else ((), ())
+        return np.array(places, np.int64 if x == "step" else np.float64), np.array(values, np.float64)
+
+    def _number(self, row: Row, key: str) -> float | None:
+        if key == "step":
+            return row.step
+        value = row.values.get(key)
+        if value is None and key in _OTHER_NAMES:
+            value = row.values.get(_OTHER_NAMES[key])
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            file = self.path / "metrics.jsonl"
+            raise InputError(f"expected a number, found {value!r}", file=file, line=row.line, field=key)
+        return float(value)
 
     def figure(self, key: str) -> int | float | None:
         """A finite number of the summary, or None where there is no such number."""

@@ -20,6 +20,13 @@ ACCURACY_SLACK = 0.02
 STRATA_APART = 0.15
 MOST = 0.5
 MIN_TRAINING_LINES = 10
+MIN_SAMPLES = 10
+LOSSES = {
+    "loss": "loss",
+    "loss/policy_avg": "policy loss",
+    "loss/value_avg": "value loss",
+    "objective/scores": "score of rollouts",
+}
 
 
 @dataclass(frozen=True)
@@ -104,13 +111,35 @@ def _facts(run: Run) -> list[Remark]:
     loss = change(run, "loss")
     if loss is not None and not facts:
         facts.append(_change_sentence("loss", loss))
+    score = training_change(run, "objective/scores")
+    if score is not None:
+        clause = "" if score.sign else ", which noise could explain"
+        facts.append(
+            _change_sentence("score of rollouts, by the reward that PPO learns from,", score, clause)
+        )
     before, after = run.figure("eval/reward_before"), run.figure("eval/reward_after")
     if before is not None and after is not None:
         verb = "rose" if after > before else "fell" if after < before else "stayed the same,"
         divergence = run.figure("eval/kl")
         cost = "" if divergence is None else f", at a KL of {number(divergence)} nats from the reference"
         facts.append(f"The mean reward of samples {verb} from {number(before)} to {number(after)}{cost}.")
+    facts += _highest_on_the_way(run)
     return [Remark(fact) for fact in facts]
+
+
+def _highest_on_the_way(run: Run) -> list[str]:
+    """Where samples were better than at the end; no claim that it was more than chance."""
+    steps, rewards = _finite(run, "eval_reward")
+    if len(steps) < 3 or int(rewards.argmax()) == len(steps) - 1:
+        return []
+    best = int(rewards.argmax())
+    kls = dict(zip(*(each.tolist() for each in _finite(run, "eval_kl")), strict=True))
+    at = f", at a KL of {number(kls[steps[best]])} nats" if steps[best] in kls else ""
+    return [
+        f"The mean reward of samples was highest on the way, at step {steps[best]}: "
+        f"{number(float(rewards[best]))}{at}; at step {steps[-1]}, the last one measured, it was "
+        f"{number(float(rewards[-1]))}."
+    ]
 
 
 def _change_sentence(what: str, change: Change, clause: str = "") -> str:
@@ -126,14 +155,49 @@ def _ceiling_clause(run: Run) -> str:
 
 
 def _warnings(run: Run) -> list[Remark]:
-    found = [_broken_loss(run), _both_fall(run), _learned_length(run), _saturated(run), _past_its_best(run)]
+    found = [
+        _broken_loss(run),
+        _worse_samples(run),
+        _both_fall(run),
+        _learned_length(run),
+        _saturated(run),
+        _past_its_best(run),
+    ]
     return [Remark(text, warning=True) for text in found if text is not None]
 
 
 def _broken_loss(run: Run) -> str | None:
-    steps, values = run.curve("loss")
-    broken = steps[~np.isfinite(values)]
-    return f"The loss is not finite at step {broken[0]}." if len(broken) else None
+    for key, name in LOSSES.items():
+        steps, values = run.curve(key)
+        broken = steps[~np.isfinite(values)]
+        if len(broken):
+            return f"The {name} is not finite at step {broken[0]}."
+    return None
+
+
+def _worse_samples(run: Run) -> str | None:
+    """The true reward of the same prompts before and after, where it fell by more than chance explains."""
+    pairs = [(sample.get("reward_before"), sample.get("reward_after")) for sample in run.samples]
+    rises = np.array([b - a for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)])
+    if len(rises) < MIN_SAMPLES or not np.isfinite(rises).all():
+        return None
+    noise = 2 * float(rises.std(ddof=1)) / len(rises) ** 0.5
+    if rises.mean() >= -noise:
+        return None
+    score = training_change(run, "objective/scores")
+    learned = (
+        ""
+        if score is None or score.sign <= 0
+        else (
+            f", while the score that PPO learns from rose ({score.span}): the policy found what that score "
+            "rewards and the true reward does not"
+        )
+    )
+    return (
+        f"The samples got worse: their reward fell by {number(-float(rises.mean()))} ± {number(noise)} "
+        f"(two standard errors over {len(rises)} replies){learned}. Read them; try a stronger pull to the "
+        "reference, fewer steps, or a lower learning rate."
+    )
 
 
 def _both_fall(run: Run) -> str | None:

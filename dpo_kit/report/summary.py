@@ -61,6 +61,14 @@ def memory(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
+def amount(count: float) -> str:
+    """A count that nobody reads to its last digit."""
+    for unit, scale in (("G", 1e9), ("M", 1e6)):
+        if abs(count) >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:,.0f}"
+
+
 FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "eval/accuracy": ("Held-out accuracy", number),
     "eval/accuracy_ceiling": ("Accuracy ceiling (label noise)", number),
@@ -76,6 +84,8 @@ FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "tokens_saved_share": ("Tokens saved by the tree", percent),
     "peak_memory_bytes": ("Peak memory", memory),
     "train_runtime": ("Training time", duration),
+    "tokens": ("Tokens computed", amount),
+    "tokens_sampled": ("Tokens sampled to learn from", amount),
     "reference_runtime": ("Time of the reference's log-probs", duration),
     "reference_computed": ("Reference sequences computed", number),
 }
@@ -90,11 +100,17 @@ def cards(run: Run) -> list[Card]:
         "tokens_saved_share": ("Tokens saved by the tree", "prefixes computed once"),
         "peak_memory_bytes": ("Peak memory", ""),
         "train_runtime": ("Training time", ""),
+        "tokens": ("Tokens computed", _sampled_clause(run)),
     }
     for key, (label, note) in plain.items():
         value = run.figure(key)
         found.append(None if value is None else Card(label, FIGURES[key][1](value), note))
     return [card for card in found if card is not None]
+
+
+def _sampled_clause(run: Run) -> str:
+    sampled = run.figure("tokens_sampled")
+    return f"{amount(sampled)} sampled to learn from" if sampled else "by any model"
 
 
 def held_out_accuracy(run: Run) -> tuple[float, str] | None:

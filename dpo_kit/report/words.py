@@ -36,6 +36,7 @@ LABELLED = Words("replies", "desirable", "undesirable", "share with the sign of 
 LISTS = Words("lists", "best", "worst", "share in order")
 # A loss that looks at one side of pairs alone, and labelled replies that are all good, log the same.
 ONE_SIDED = Words("replies", "trained on", "others", "accuracy")
+ROLLOUTS = Words("prompts", "better", "worse", "accuracy", "scores")
 ANY = Words("examples", "better", "worse", "accuracy", "rewards")
 
 
@@ -47,6 +48,8 @@ def words_of(runs: Sequence[Run]) -> Words:
 
 def _words_of(run: Run) -> Words:
     logged = {key.removeprefix("eval_") for row in run.rows for key in row.values}
+    if "objective/scores" in logged:
+        return ROLLOUTS
     if "rewards/top1" in logged:
         return LISTS
     if "rewards/mean" in logged:

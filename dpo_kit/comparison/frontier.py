@@ -1,0 +1,202 @@
+"""The whole comparison: start, reward model, every run, then its tables, pictures and page.
+
+What lies in the folder is `dpo_kit.comparison`'s to say. A comparison that was stopped goes on: what is
+finished is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_kit.checkpoints import put_aside
+from dpo_kit.comparison.costs import write_costs
+from dpo_kit.comparison.execute import Ended, Job, carry_out, default_workers, outcome
+from dpo_kit.comparison.matched import write_matched
+from dpo_kit.comparison.progress import Progress
+from dpo_kit.comparison.results import read_table, write_frontier, write_runs
+from dpo_kit.comparison.runs import Run, output_folder, quick_form, runs_of
+from dpo_kit.comparison.tables import print_tables
+from dpo_kit.errors import InputError, TrainingError
+from dpo_kit.measurement import Samples, Say
+from dpo_kit.recipe import Recipe
+from dpo_kit.run_folder import flat_keys, write_text
+from dpo_kit.start import check_start, is_made
+from dpo_kit.yaml_file import apply_override, read_yaml
+
+# What may be another when a comparison goes on: a run whose own recipe changed is put aside and made anew.
+_FREE = ("frontier", "ppo", "best_of_n", "report", "data.num_proc", "data.cache_dir", "reference.cache_dir")
+
+# Longest first, so that the workers end together.
+_ORDER = ("ppo", "rloo", "best_of_n", "train")
+
+
+def run_frontier(recipe_path: Path, overrides: list[str], *, quick: bool, say: Say) -> dict[str, Any]:
+    """Carry a comparison out, or go on with it where it stopped.
+
+    Args:
+        recipe_path: of a recipe with a section `frontier`.
+        overrides: key.path=value.
+        quick: its quick form.
+        say: gets lines of progress.
+
+    Returns:
+        folder, the rows of its tables by their names (runs, frontier, matched, costs), and failed: the names
+        of the runs that did not end as they should.
+
+    Raises:
+        InputError: the recipe, what it names, or a folder that holds another comparison.
+        TrainingError: what all runs start from could not be made.
+    """
+    recipe = load_comparison(recipe_path, overrides, quick)
+    folder = output_folder(recipe)
+    runs = runs_of(recipe, folder)
+    _check(recipe, runs)
+    _open_folder(folder, recipe)
+    if not is_made(recipe, folder / "start"):
+        _make(Job("the start", "start", folder, folder / "start.log"), say)
+    if _needs_reward_model(recipe, runs) and not (folder / "reward_model" / "summary.json").exists():
+        _make(Job("the reward model", "reward_model", folder, folder / "reward_model.log"), say)
+    _carry_out_runs(recipe, folder, runs, say)
+    write_matched(folder)
+    write_costs(folder)
+    _draw(folder, say)
+    tables = {name: read_table(folder / f"{name}.csv") for name in ("runs", "frontier", "matched", "costs")}
+    print_tables(folder)
+    failed = [row["run"] for row in tables["runs"] if row["outcome"] == "failed"]
+    return {"folder": str(folder), **tables, "failed": failed}
+
+
+def load_comparison(recipe_path: Path, overrides: Sequence[str], quick: bool) -> Recipe:
+    """The recipe of a comparison, or of its quick form; overrides have the last word.
+
+    Raises:
+        InputError: naming file, line and key.
+    """
+    content, lines = read_yaml(recipe_path)
+    if quick:
+        content = quick_form(content)
+        for key in content["frontier"]["quick"]:
+            lines[key] = lines.get(f"frontier.quick.{key}")
+    for override in overrides:
+        lines[apply_override(content, override)] = None
+    recipe = Recipe.check(content, str(recipe_path), lines)
+    if recipe.frontier is None:
+        raise InputError(
+            "the recipe names no methods to compare",
+            file=recipe_path,
+            field="frontier",
+            mend="See recipes/sentiment-small.yaml.",
+        )
+    return recipe
+
+
+def _check(recipe: Recipe, runs: Sequence[Run]) -> None:
+    """Refuse what would be found too late: in the first run, or when the tables are made."""
+    check_start(recipe)
+    samples = Samples.of(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"prompts": None})}))
+    has_prompts = recipe.eval.prompts or (recipe.candidates is not None and recipe.candidates.evaluation)
+    if samples.reward is None or not has_prompts:
+        missing = "eval.reward" if samples.reward is None else "eval.prompts"
+        raise InputError("a frontier is of rewards on prompts", field=missing, mend="Name it in the recipe.")
+    if not samples.has_kl:
+        raise InputError(
+            "the KL is of a policy as it is",
+            field="eval.temperature",
+            mend="Set temperature and top_p of eval to 1.",
+        )
+
+
+def _open_folder(folder: Path, recipe: Recipe) -> None:
+    """Write recipe.yaml, unless the folder is another comparison's."""
+    resolved = recipe.resolved(recipe.training_config())
+    place = folder / "recipe.yaml"
+    if place.exists():
+        before = flat_keys(yaml.safe_load(place.read_text(encoding="utf-8")))
+        now = flat_keys(json.loads(json.dumps(resolved)))
+        for key in sorted(before.keys() | now.keys()):
+            if key.startswith(tuple(f"{free}." for free in _FREE)) or key in _FREE:
+                continue
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"the comparison here has {before.get(key)!r} and would go on with {now.get(key)!r}",
+                    file=folder,
+                    field=key,
+                    mend="Go on with the recipe as it was, or name another folder in frontier.output_dir.",
+                )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(error.strerror), file=folder, field="frontier.output_dir") from error
+    write_text(place, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def _needs_reward_model(recipe: Recipe, runs: Sequence[Run]) -> bool:
+    learned = [run for run in runs if run.command != "train" and _learned(run)]
+    return recipe.reward_model.path is None and bool(learned)
+
+
+def _learned(run: Run) -> bool:
+    return run.command == "best_of_n" or run.recipe.ppo.reward == "model"
+
+
+def _make(job: Job, say: Say) -> None:
+    """Make what all runs need, in a process of its own."""
+    say(f"making {job.name} (see {job.log})")
+    endings: list[Ended] = []
+    carry_out([job], 1, endings.append)
+    if endings[0].status:
+        raise TrainingError(f"{job.name} could not be made:\n{endings[0].last_lines()}\nMore in {job.log}")
+
+
+def _carry_out_runs(recipe: Recipe, folder: Path, runs: Sequence[Run], say: Say) -> None:
+    """Run what is not finished; the tables of runs and of what they measured follow each that ends."""
+    assert recipe.frontier is not None
+    wanted = [run for run in runs if not outcome(run)]
+    if finished := len(runs) - len(wanted):
+        say(f"{finished} of {len(runs)} runs are finished already")
+    failures: dict[str, str] = {}
+    workers = min(recipe.frontier.workers or default_workers(), max(len(wanted), 1))
+    progress = Progress(runs, wanted, workers)
+
+    def ended(ending: Ended) -> None:
+        run = named[ending.job.name]
+        if not outcome(run):
+            failures[run.name] = ending.last_lines(1) or f"exit status {ending.status}"
+        write_runs(folder, runs, failures)
+        write_frontier(folder, runs)
+        say(progress.ended(run, ending.seconds))
+        if run.name in failures:
+            say(f"{run.name} failed, see {ending.job.log}:\n{ending.last_lines()}")
+
+    named = {run.name: run for run in wanted}
+    jobs = [_job(run) for run in sorted(wanted, key=lambda run: _ORDER.index(run.command))]
+    carry_out(jobs, workers, ended)
+    write_runs(folder, runs, failures)
+    write_frontier(folder, runs)
+
+
+def _job(run: Run) -> Job:
+    """A run as a process: its recipe is written, and what another recipe left in its folder put aside."""
+    place = run.folder.with_name(f"{run.name}.yaml")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    resolved = run.recipe.resolved(run.recipe.training_config())
+    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    if run.folder.exists() and (not place.exists() or place.read_text(encoding="utf-8") != text):
+        put_aside(run.folder)
+    write_text(place, text)
+    return Job(run.name, run.command, place, place.with_suffix(".log"))
+
+
+def _draw(folder: Path, say: Say) -> None:
+    """Pictures and the page; the tables stand without them."""
+    try:
+        from dpo_kit.comparison.page import write_page
+
+        say(f"page: {write_page(folder)}")
+    except (InputError, ImportError) as error:
+        say(f"warning: no page was made: {error}")

@@ -1,0 +1,173 @@
+"""Reward at matched KL, with bootstrap intervals over the prompts -> matched.csv.
+
+A run's evaluations are a path of policies. Where two neighbours lie on either side of a KL level, the policy
+that is the one with probability 1 - t and else the other, t such that their mean KLs mix to the level, has
+the mixed reward exactly and the mixed KL at most (KL is convex). Such mixtures are what methods are compared
+by; nothing is extrapolated. A method's best is chosen on one half of the prompts and measured on the other,
+both ways, so that trying many settings is no advantage in itself.
+
+The intervals are those of the rewards of these mixtures over prompts; what the level owes to the estimate of
+the KLs is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_kit.comparison.results import FrontierPoint, comparison_in, read_frontier, write_table
+from dpo_kit.errors import InputError
+
+COLUMNS = ("method", "label", "kl", "reward", "low", "high", "run")
+DIFFERENCES = ("difference", "difference_low", "difference_high")
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mixtures_at(level: float, kl_E: np.ndarray, reward_EP: np.ndarray) -> np.ndarray:
+    """Rewards of the mixtures of neighbouring evaluations whose mean KLs mix to a level.
+
+    Args:
+        level: KL, nats.
+        kl_E: mean KL of each evaluation of a run, in order.
+        reward_EP: reward of each evaluation on each prompt.
+
+    Returns:
+        [M, P]; none where no two neighbours lie on either side of the level. Evaluations with a KL or reward
+        that is not finite take no part.
+    """
+    finite = np.isfinite(kl_E) & np.isfinite(reward_EP).all(axis=1)
+    found = []
+    for first, second in pairwise(range(len(kl_E))):
+        if not (finite[first] and finite[second]):
+            continue
+        low, high = kl_E[first], kl_E[second]
+        if min(low, high) <= level <= max(low, high):
+            share = 0.0 if low == high else (level - low) / (high - low)
+            found.append((1 - share) * reward_EP[first] + share * reward_EP[second])
+    return np.array(found).reshape(-1, reward_EP.shape[1])
+
+
+def best_by_halves(reward_CP: np.ndarray, weight_BP: np.ndarray) -> np.ndarray:
+    """[B] mean reward of the best candidate: chosen on one half of the prompts, measured on the other.
+
+    Args:
+        reward_CP: of each candidate on each prompt; prompts of even and odd number are the halves.
+        weight_BP: how often each prompt counts in each of B resamples; no half may be without weight.
+
+    Returns:
+        The mean of both ways, each by its half's weight.
+    """
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    totals = [weight_BP[:, half].sum(axis=1) for half in halves]
+    means_BC = [
+        weight_BP[:, half] @ reward_CP[:, half].T / total[:, None]
+        for half, total in zip(halves, totals, strict=True)
+    ]
+    rows = np.arange(len(weight_BP))
+    measured = [means_BC[1 - i][rows, means_BC[i].argmax(axis=1)] for i in (0, 1)]
+    return (measured[0] * totals[1] + measured[1] * totals[0]) / (totals[0] + totals[1])
+
+
+def resampled(prompts: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """[1 + resamples, prompts] weights: each prompt once, then bootstrap resamples within each half."""
+    rng = np.random.default_rng(seed)
+    weights = np.ones((1 + resamples, prompts))
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        count = len(range(prompts)[half])
+        weights[1:, half] = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return weights
+
+
+def interval(values_B: np.ndarray) -> Interval:
+    """The first value, and the 2.5% and 97.5% percentiles of the others."""
+    low, high = np.percentile(values_B[1:], [2.5, 97.5])
+    return Interval(float(values_B[0]), float(low), float(high))
+
+
+def write_matched(folder: Path) -> None:
+    """matched.csv: of each method and level its best reward, and how much better DPO is.
+
+    The columns `difference*` are the reward of `dpo`, or of the recipe's first method where it has none of
+    that name, minus this method's, resampled together; empty where one of the two never reaches the level.
+    """
+    recipe, _ = comparison_in(folder)
+    assert recipe.frontier is not None
+    methods = list(recipe.frontier.methods)
+    base = "dpo" if "dpo" in methods else methods[0]
+    paths = _paths(folder)
+    rows: list[dict[str, Any]] = []
+    for level in recipe.frontier.kl_levels:
+        values = {method: _at(level, paths.get(method, {})) for method in methods}
+        for method, section in recipe.frontier.methods.items():
+            row: dict[str, Any] = {"method": method, "label": section.label, "kl": level}
+            if (found := values[method]) is not None:
+                row |= _cells(COLUMNS[3:6], found[0]) | {"run": found[1]}
+                if method != base and (other := values[base]) is not None:
+                    row |= _cells(DIFFERENCES, other[0] - found[0])
+            rows.append(row)
+    write_table(folder / "matched.csv", COLUMNS + DIFFERENCES, rows)
+
+
+def _cells(names: Sequence[str], values_B: np.ndarray) -> dict[str, float]:
+    found = interval(values_B)
+    return dict(zip(names, (found.value, found.low, found.high), strict=True))
+
+
+def _at(level: float, runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, str] | None:
+    """[1 + RESAMPLES] best reward at a level of a method's runs, and the run that is best on all prompts."""
+    mixtures = {run: mixtures_at(level, kls, rewards) for run, (kls, rewards) in runs.items()}
+    mixtures = {run: found for run, found in mixtures.items() if len(found)}
+    if not mixtures:
+        return None
+    reward_CP = np.concatenate(list(mixtures.values()))
+    best = max(mixtures, key=lambda run: float(mixtures[run].mean(axis=1).max()))
+    if reward_CP.shape[1] < 2:
+        raise InputError(
+            "reward at matched KL needs two prompts at least",
+            field="eval.prompts",
+            mend="Name more prompts; 100 give useful intervals.",
+        )
+    return best_by_halves(reward_CP, resampled(reward_CP.shape[1])), best
+
+
+def _paths(folder: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """method -> run -> mean KL of each evaluation [E], and its rewards [E, P]."""
+    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    prompts: list[str] = []
+    for (method, run), group in groupby(read_frontier(folder), key=lambda point: (point.method, point.run)):
+        points = list(group)
+        rewards = [_by_prompt(point) for point in points]
+        prompts = prompts or list(rewards[0])
+        for point, by_prompt in zip(points, rewards, strict=True):
+            if list(by_prompt) != prompts:
+                raise InputError(
+                    f"the replies of step {point.step} are not to the prompts of the other runs",
+                    file=point.folder,
+                    mend="Remove the run's folder, and go on: it is then run again.",
+                )
+        values = np.array([list(by_prompt.values()) for by_prompt in rewards])
+        found.setdefault(method, {})[run] = np.array([point.kl for point in points]), values
+    return found
+
+
+def _by_prompt(point: FrontierPoint) -> dict[str, float]:
+    """Mean reward of the replies to each prompt: prompts are what is drawn anew."""
+    rewards: dict[str, list[float]] = {}
+    for prompt, reward in zip(point.replies.prompts, point.replies.rewards.tolist(), strict=True):
+        rewards.setdefault(json.dumps(prompt), []).append(reward)
+    return {prompt: sum(values) / len(values) for prompt, values in rewards.items()}
