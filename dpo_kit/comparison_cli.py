@@ -24,7 +24,7 @@ def ppo(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """PPO through TRL on the prompts of the pairs, with a reward model learned from them, or the true reward."""
+    """PPO through TRL on the prompts of the pairs, with a reward learned from them, or the true reward."""
     from dpo_kit.comparison.ppo_run import run_ppo
     from dpo_kit.recipe import Recipe
 

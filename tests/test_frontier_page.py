@@ -16,7 +16,7 @@ import pytest
 import yaml
 from frontier_folder import LEVELS, METHODS, PROMPTS, START, write_comparison_folder
 
-from dpo_kit.comparison.findings import _times, central_level, lead
+from dpo_kit.comparison.findings import central_level, lead, times
 from dpo_kit.comparison.page import write_page
 from dpo_kit.comparison.pictures import MARKERS, convergence, draw, envelope, frontier, look
 from dpo_kit.comparison.record import Record
@@ -164,7 +164,7 @@ def test_the_lead_follows_the_numbers_the_other_way(tmp_path: Path) -> None:
     assert re.search(r"DPO has \+1\.\d\d \[.*?\]\. It lies below PPO-GT \(by \+1\.\d\d \[\+", said)
     assert re.search(r"it is not to be told apart from [^;]*PPO \(by", said)
     below = sum(1 for level in LEVELS for e in record.matched(level).values() if e.below and e.below.high < 0)
-    assert f"below it {_times(below)}" in said
+    assert f"below it {times(below)}" in said
     assert below > 2
 
 

@@ -99,8 +99,8 @@ def _over_levels(record: Record) -> list[str]:
     base = record.label(record.base)
     worse = [f"{record.label(each.method)} at {each.kl:g}" for each in meetings if side(each) < 0]
     said = (
-        f"Over all KLs compared, {base} meets another method {_times(len(meetings))}: it is above it "
-        f"{_times(counts[1])}, not to be told apart {_times(counts[0])}, below it {_times(counts[-1])}"
+        f"Over all KLs compared, {base} meets another method {times(len(meetings))}: it is above it "
+        f"{times(counts[1])}, not to be told apart {times(counts[0])}, below it {times(counts[-1])}"
     )
     return [f"{said} ({_joined(worse)} nats)." if worse else f"{said}."]
 
@@ -126,7 +126,8 @@ def _what_rl_costs(record: Record, level: float) -> list[str]:
     ]
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
+    """How often, in words."""
     return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 

@@ -22,6 +22,7 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import RLOOConfig, RLOOTrainer
 
+from dpo_kit.comparison.cost_meter import CostMeter
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DivergedError, InputError
 
@@ -82,7 +83,7 @@ class Trainer(RLOOTrainer):
         prompts: their ids.
         ends: tokens that end a reply.
         reward: (numbers of prompts, texts of replies) -> their rewards.
-        sampled: is told how many reply tokens were drawn.
+        meter: gets the tokens sampled.
         peft_config: for an adapter.
 
     Raises:
@@ -98,10 +99,10 @@ class Trainer(RLOOTrainer):
         prompts: Sequence[Sequence[int]],
         ends: Sequence[int],
         reward: Callable[[list[int], list[str]], list[float]],
-        sampled: Callable[[int], None],
+        meter: CostMeter,
         peft_config: Any = None,
     ) -> None:
-        self._prompt_ids, self._ends, self._sampled = prompts, set(ends), sampled
+        self._prompt_ids, self._ends, self._meter = prompts, set(ends), meter
 
         def rewards(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
             return list(reward([int(number) for number in prompts], completions))
@@ -141,7 +142,7 @@ class Trainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids: Any, images: Any, multimodal_fields: Any) -> list[list[int]]:
         replies = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         cut = [reply[: _length(reply, self._ends)] for reply in replies]
-        self._sampled(sum(map(len, cut)))
+        self._meter.tokens_sampled += sum(map(len, cut))
         return cut
 
 

@@ -56,23 +56,17 @@ def run_rloo(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunRe
         TrainingError: figures or weights are not finite any more.
     """
     rloo = _trl()
-    default = f"{recipe.training_config().output_dir}-rloo"
-    folder = Path(recipe.ppo.output_dir or default)
+    folder = Path(recipe.ppo.output_dir or f"{recipe.training_config().output_dir}-rloo")
     recipe = recipe.model_copy(update={"train": recipe.train | {"output_dir": str(folder)}})
     config = recipe.training_config()
     resolved = recipe.resolved(config)
     if resume and (finished := finished_run(folder, resolved, say)):
         return finished
     if recipe.ppo.target_kl is not None:
-        mend = "Leave it out, and set beta in ppo.settings."
-        raise InputError("RLOO does not steer to a KL", field="ppo.target_kl", mend=mend)
+        raise InputError("RLOO steers to no KL", field="ppo.target_kl", mend="Set beta in ppo.settings.")
     settings = rloo.make_config(recipe.ppo.settings, config, recipe.eval.max_new_tokens)
     check_start(recipe)
-    open_folder(folder, resume, say)
-    if (folder / METRICS_FILE).exists():
-        say("a run by RLOO cannot go on in the middle: training begins anew")
-        (folder / METRICS_FILE).unlink()
-    shutil.rmtree(folder / "evaluations", ignore_errors=True)
+    _open(folder, resume, say)
     figures: dict[str, Any] = {}
     if started(recipe, folder) is not recipe:
         figures |= make_start(recipe, folder, say)
@@ -87,10 +81,6 @@ def run_rloo(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunRe
     write_origin(folder, resolved, config, policy, {"train": Dataset.from_dict({"prompt_ids": ids})})
     reward, meter = _reward(recipe, folder, say), CostMeter()
     own, policy.generation_config = policy.generation_config, GenerationConfig()
-
-    def sampled(tokens: int) -> None:
-        meter.tokens_sampled += tokens
-
     trainer = rloo.Trainer(
         settings,
         policy,
@@ -98,7 +88,7 @@ def run_rloo(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunRe
         prompts=ids,
         ends=ends,
         reward=lambda numbers, replies: reward([prompts[n] for n in numbers], replies),
-        sampled=sampled,
+        meter=meter,
         peft_config=lora_config(recipe),
     )
     figures |= _train(rloo, trainer, recipe, samples, reward, meter, folder, say)
@@ -110,6 +100,14 @@ def run_rloo(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunRe
         tokenizer.save_pretrained(place)
 
     return close_run(recipe, folder, resolved, figures, save, say)
+
+
+def _open(folder: Path, resume: bool, say: Say) -> None:
+    open_folder(folder, resume, say)
+    if (folder / METRICS_FILE).exists():
+        say("a run by RLOO cannot go on in the middle: training begins anew")
+        (folder / METRICS_FILE).unlink()
+    shutil.rmtree(folder / "evaluations", ignore_errors=True)
 
 
 def _trl() -> ModuleType:
