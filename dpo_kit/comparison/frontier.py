@@ -136,12 +136,8 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _needs_reward_model(recipe: Recipe, runs: Sequence[Run]) -> bool:
-    learned = [run for run in runs if run.command != "train" and _learned(run)]
-    return recipe.reward_model.path is None and bool(learned)
-
-
-def _learned(run: Run) -> bool:
-    return run.command == "best_of_n" or run.recipe.ppo.reward == "model"
+    """Best-of-N and PPO, whose values start as the reward model even where its reward is the true one."""
+    return recipe.reward_model.path is None and any(run.command != "train" for run in runs)
 
 
 def _make(job: Job, say: Say) -> None:
