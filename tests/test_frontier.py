@@ -299,22 +299,26 @@ REWARDS = np.array([[0.0, 0.0], [2.0, 4.0], [6.0, 0.0], [1.0, 1.0]])
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        (3.0, [[3.0, 3.0]]),  # a quarter of the way from KL 2 to 6
-        (5.0, [[5.0, 1.0], [3.5, 0.5]]),  # on the way up and on the way back
-        (1.0, [[1.0, 2.0]]),
-        (0.0, [[0.0, 0.0]]),
+        # KL 0 and 6, 0 and 4, 2 and 6 (a quarter of the way), 2 and 4
+        (3.0, [[3.0, 0.0], [0.75, 0.75], [3.0, 3.0], [1.5, 2.5]]),
+        (5.0, [[5.0, 0.0], [5.0, 1.0], [3.5, 0.5]]),
+        (1.0, [[1.0, 2.0], [1.0, 0.0], [0.25, 0.25]]),
+        (0.0, np.zeros((4, 2))),
         (6.5, np.zeros((0, 2))),  # never there: nothing is extrapolated
     ],
 )
 def test_mixtures_by_hand(level, expected):
-    np.testing.assert_allclose(mixtures_at(level, KLS, REWARDS), expected)
+    rewards, ends = mixtures_at(level, KLS, REWARDS)
+    np.testing.assert_allclose(rewards, expected)
+    assert all(KLS[low] <= level <= KLS[high] for low, high in ends)
+    assert len(ends) == len(rewards)
 
 
 def test_an_evaluation_without_numbers_is_no_end_of_a_mixture():
     rewards = REWARDS.copy()
     rewards[2, 0] = math.nan
-    assert len(mixtures_at(5.0, KLS, rewards)) == 0
-    assert len(mixtures_at(1.0, KLS, rewards)) == 1
+    assert mixtures_at(5.0, KLS, rewards)[1] == []
+    assert mixtures_at(1.0, KLS, rewards)[1] == [(0, 1), (0, 3)]
 
 
 def test_what_is_best_on_one_half_is_measured_on_the_other():

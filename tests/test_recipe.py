@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dpo_kit.comparison.frontier import load_comparison
+from dpo_kit.comparison.runs import runs_of
 from dpo_kit.errors import InputError
 from dpo_kit.recipe import Recipe
 
@@ -51,8 +53,14 @@ def test_the_resolved_recipe_is_a_recipe_and_means_the_same(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_shipped_recipes_are_sound(path, tmp_path):
+    """Each loads whole, and so do its quick form and every run of its comparison."""
     recipe = Recipe.load(path)
-    assert recipe.training_config(output_dir=str(tmp_path)).batch_size == 64
+    assert recipe.training_config(output_dir=str(tmp_path)).batch_size == recipe.train["batch_size"]
+    if recipe.frontier is None:
+        return
+    for quick in (False, bool(recipe.frontier.quick)):
+        runs = runs_of(load_comparison(path, [], quick), tmp_path)
+        assert {run.method for run in runs} == set(recipe.frontier.methods)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Reward at matched KL, with bootstrap intervals over the prompts -> matched.csv.
 
-A run's evaluations are a path of policies. Where two neighbours lie on either side of a KL level, the policy
-that is the one with probability 1 - t and else the other, t such that their mean KLs mix to the level, has
-the mixed reward exactly and the mixed KL at most (KL is convex). Such mixtures are what methods are compared
-by; nothing is extrapolated. A method's best is chosen on one half of the prompts and measured on the other,
-both ways, so that trying many settings is no advantage in itself.
+Each evaluation of a method's runs is a policy, and so is a mixture of two: the one with probability 1 - t,
+else the other. With t such that their mean KLs mix to a level, its reward is the mixed reward exactly and
+its KL the level at most (KL is convex). So what a method can have at a KL is its best mixture of an
+evaluation on this side of it and one on the other; nothing is extrapolated. The best is chosen on one half of
+the prompts and measured on the other, both ways, so that trying many settings is no advantage in itself.
 
 The intervals are those of the rewards of these mixtures over prompts; what the level owes to the estimate of
 the KLs is left out.
@@ -13,9 +13,8 @@ the KLs is left out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,28 +37,30 @@ class Interval:
     high: float
 
 
-def mixtures_at(level: float, kl_E: np.ndarray, reward_EP: np.ndarray) -> np.ndarray:
-    """Rewards of the mixtures of neighbouring evaluations whose mean KLs mix to a level.
+def mixtures_at(
+    level: float, kl_E: np.ndarray, reward_EP: np.ndarray
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Rewards of the mixtures of two evaluations whose mean KLs mix to a level.
 
     Args:
         level: KL, nats.
-        kl_E: mean KL of each evaluation of a run, in order.
+        kl_E: mean KL of each evaluation of a method, in any order.
         reward_EP: reward of each evaluation on each prompt.
 
     Returns:
-        [M, P]; none where no two neighbours lie on either side of the level. Evaluations with a KL or reward
-        that is not finite take no part.
+        [M, P] rewards and the M pairs of evaluations, that of the smaller KL first; none where no two lie on
+        either side of the level. Evaluations with a KL or reward that is not finite take no part.
     """
     finite = np.isfinite(kl_E) & np.isfinite(reward_EP).all(axis=1)
+    below = np.flatnonzero(finite & (kl_E <= level))
+    above = np.flatnonzero(finite & (kl_E >= level))
+    ends = [(int(low), int(high)) for low in below for high in above]
     found = []
-    for first, second in pairwise(range(len(kl_E))):
-        if not (finite[first] and finite[second]):
-            continue
-        low, high = kl_E[first], kl_E[second]
-        if min(low, high) <= level <= max(low, high):
-            share = 0.0 if low == high else (level - low) / (high - low)
-            found.append((1 - share) * reward_EP[first] + share * reward_EP[second])
-    return np.array(found).reshape(-1, reward_EP.shape[1])
+    for low, high in ends:
+        apart = kl_E[high] - kl_E[low]
+        share = (level - kl_E[low]) / apart if apart else 0.0
+        found.append((1 - share) * reward_EP[low] + share * reward_EP[high])
+    return np.array(found).reshape(-1, reward_EP.shape[1]), ends
 
 
 def best_by_halves(reward_CP: np.ndarray, weight_BP: np.ndarray) -> np.ndarray:
@@ -109,10 +110,10 @@ def write_matched(folder: Path) -> None:
     assert recipe.frontier is not None
     methods = list(recipe.frontier.methods)
     base = "dpo" if "dpo" in methods else methods[0]
-    paths = _paths(folder)
+    evaluated = _methods(folder)
     rows: list[dict[str, Any]] = []
     for level in recipe.frontier.kl_levels:
-        values = {method: _at(level, paths.get(method, {})) for method in methods}
+        values = {method: _at(level, evaluated.get(method)) for method in methods}
         for method, section in recipe.frontier.methods.items():
             row: dict[str, Any] = {"method": method, "label": section.label, "kl": level}
             if (found := values[method]) is not None:
@@ -128,41 +129,54 @@ def _cells(names: Sequence[str], values_B: np.ndarray) -> dict[str, float]:
     return dict(zip(names, (found.value, found.low, found.high), strict=True))
 
 
-def _at(level: float, runs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, str] | None:
-    """[1 + RESAMPLES] best reward at a level of a method's runs, and the run that is best on all prompts."""
-    mixtures = {run: mixtures_at(level, kls, rewards) for run, (kls, rewards) in runs.items()}
-    mixtures = {run: found for run, found in mixtures.items() if len(found)}
-    if not mixtures:
+def _at(level: float, method: _Method | None) -> tuple[np.ndarray, str] | None:
+    """[1 + RESAMPLES] best reward of a method at a level, and the run that it owes most to."""
+    if method is None:
         return None
-    reward_CP = np.concatenate(list(mixtures.values()))
-    best = max(mixtures, key=lambda run: float(mixtures[run].mean(axis=1).max()))
+    reward_CP, ends = mixtures_at(level, method.kls, method.rewards)
+    if not ends:
+        return None
     if reward_CP.shape[1] < 2:
         raise InputError(
             "reward at matched KL needs two prompts at least",
             field="eval.prompts",
             mend="Name more prompts; 100 give useful intervals.",
         )
-    return best_by_halves(reward_CP, resampled(reward_CP.shape[1])), best
+    low, high = ends[int(reward_CP.mean(axis=1).argmax())]
+    nearer = low if level - method.kls[low] < method.kls[high] - level else high
+    return best_by_halves(reward_CP, resampled(reward_CP.shape[1])), method.runs[nearer]
 
 
-def _paths(folder: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """method -> run -> mean KL of each evaluation [E], and its rewards [E, P]."""
-    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+@dataclass(frozen=True)
+class _Method:
+    """Each evaluation of a method's runs: its run, mean KL [E], and reward on each prompt [E, P]."""
+
+    runs: list[str]
+    kls: np.ndarray
+    rewards: np.ndarray
+
+
+def _methods(folder: Path) -> dict[str, _Method]:
+    found: dict[str, list[tuple[FrontierPoint, list[float]]]] = {}
     prompts: list[str] = []
-    for (method, run), group in groupby(read_frontier(folder), key=lambda point: (point.method, point.run)):
-        points = list(group)
-        rewards = [_by_prompt(point) for point in points]
-        prompts = prompts or list(rewards[0])
-        for point, by_prompt in zip(points, rewards, strict=True):
-            if list(by_prompt) != prompts:
-                raise InputError(
-                    f"the replies of step {point.step} are not to the prompts of the other runs",
-                    file=point.folder,
-                    mend="Remove the run's folder, and go on: it is then run again.",
-                )
-        values = np.array([list(by_prompt.values()) for by_prompt in rewards])
-        found.setdefault(method, {})[run] = np.array([point.kl for point in points]), values
-    return found
+    for point in read_frontier(folder):
+        by_prompt = _by_prompt(point)
+        prompts = prompts or list(by_prompt)
+        if list(by_prompt) != prompts:
+            raise InputError(
+                f"the replies of step {point.step} are not to the prompts of the other runs",
+                file=point.folder,
+                mend="Remove the run's folder, and go on: it is then run again.",
+            )
+        found.setdefault(point.method, []).append((point, list(by_prompt.values())))
+    return {
+        method: _Method(
+            [point.run for point, _ in points],
+            np.array([point.kl for point, _ in points]),
+            np.array([rewards for _, rewards in points]),
+        )
+        for method, points in found.items()
+    }
 
 
 def _by_prompt(point: FrontierPoint) -> dict[str, float]:
