@@ -19,7 +19,6 @@ from pair_files import write
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    GPT2TokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -37,7 +36,6 @@ from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-GPT2 = ROOT.parent / "shared" / "data" / "gpt2-tokenizer"
 
 # What a run on GPT-2 says: it comes with dropout, which is turned off, and has no padding token.
 pytestmark = pytest.mark.filterwarnings("ignore:dropout is off", "ignore:the model has no pad_token_id")
@@ -83,11 +81,8 @@ def told_by(recipe: str, start: str, end: str) -> str:
 
 def save_policy(folder: Path) -> Path:
     """A tiny model of GPT-2's architecture, with its tokenizer, which has no padding token."""
-    if GPT2.is_dir():
-        tokenizer = GPT2TokenizerFast.from_pretrained(GPT2)
-    else:
-        tokenizer = train_byte_level_bpe([text for text, _ in REVIEWS], 360)
-        tokenizer.pad_token = None
+    tokenizer = train_byte_level_bpe([text for text, _ in REVIEWS], 360)
+    tokenizer.pad_token = None
     assert tokenizer.pad_token_id is None
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)

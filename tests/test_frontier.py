@@ -26,7 +26,8 @@ from dpo_kit.comparison.matched import (
     resampled,
     write_matched,
 )
-from dpo_kit.comparison.results import read_frontier, write_frontier, write_runs
+from dpo_kit.comparison.record import Record
+from dpo_kit.comparison.results import write_frontier, write_runs
 from dpo_kit.comparison.runs import output_folder, runs_of
 from dpo_kit.comparison.tables import markdown_tables
 from dpo_kit.errors import InputError
@@ -138,12 +139,13 @@ def test_what_was_measured_stands_in_the_tables(compared):
     assert lines[0] == FRONTIER
     assert lines[1][:4] == ["sft", "", "0", "0"]
     assert [line[3] for line in lines if line[0] == "dpo"] == ["0", "2", "4"]
-    points = read_frontier(folder)
-    for point in points:
-        assert point.replies.prompts == PROMPTS
-        assert point.reward == pytest.approx(point.replies.rewards.mean())
-        assert point.kl == pytest.approx(point.replies.kls.mean())
-    by_run = {point.run: point for point in points}
+    record = Record(folder)
+    for point in record.points:
+        replies = record.replies(point)
+        assert [reply["prompt"] for reply in replies] == PROMPTS
+        assert point.reward == pytest.approx(np.mean([reply["reward"] for reply in replies]))
+        assert point.kl == pytest.approx(np.mean([reply["kl"] for reply in replies]))
+    by_run = {point.run: point for point in record.points}
     dpo, ft = by_run["dpo-beta=0.1-seed0"], by_run["ft-learning_rate=0.01-seed0"]
     # Both replies and their reference against the chosen ones alone.
     assert dpo.kl > 0

@@ -12,7 +12,6 @@ the KLs is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from dpo_kit.comparison.results import FrontierPoint, comparison_in, read_frontier, write_table
+from dpo_kit.comparison.record import Interval, Record
+from dpo_kit.comparison.results import write_table
 from dpo_kit.errors import InputError
 
 COLUMNS = ("method", "label", "kl", "reward", "low", "high", "run")
 DIFFERENCES = ("difference", "difference_low", "difference_high")
 RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its 95% bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def mixtures_at(
@@ -106,19 +97,16 @@ def write_matched(folder: Path) -> None:
     The columns `difference*` are the reward of `dpo`, or of the recipe's first method where it has none of
     that name, minus this method's, resampled together; empty where one of the two never reaches the level.
     """
-    recipe, _ = comparison_in(folder)
-    assert recipe.frontier is not None
-    methods = list(recipe.frontier.methods)
-    base = "dpo" if "dpo" in methods else methods[0]
-    evaluated = _methods(folder)
+    record = Record(folder)
+    evaluated = {method: _evaluated(record, method) for method in record.methods}
     rows: list[dict[str, Any]] = []
-    for level in recipe.frontier.kl_levels:
-        values = {method: _at(level, evaluated.get(method)) for method in methods}
-        for method, section in recipe.frontier.methods.items():
-            row: dict[str, Any] = {"method": method, "label": section.label, "kl": level}
-            if (found := values[method]) is not None:
+    for level in record.section["kl_levels"]:
+        values = {method: _at(level, found) for method, found in evaluated.items()}
+        for method in record.section["methods"]:
+            row: dict[str, Any] = {"method": method, "label": record.label(method), "kl": level}
+            if (found := values.get(method)) is not None:
                 row |= _cells(COLUMNS[3:6], found[0]) | {"run": found[1]}
-                if method != base and (other := values[base]) is not None:
+                if method != record.base and (other := values.get(record.base)) is not None:
                     row |= _cells(DIFFERENCES, other[0] - found[0])
             rows.append(row)
     write_table(folder / "matched.csv", COLUMNS + DIFFERENCES, rows)
@@ -129,10 +117,8 @@ def _cells(names: Sequence[str], values_B: np.ndarray) -> dict[str, float]:
     return dict(zip(names, (found.value, found.low, found.high), strict=True))
 
 
-def _at(level: float, method: _Method | None) -> tuple[np.ndarray, str] | None:
+def _at(level: float, method: _Method) -> tuple[np.ndarray, str] | None:
     """[1 + RESAMPLES] best reward of a method at a level, and the run that it owes most to."""
-    if method is None:
-        return None
     reward_CP, ends = mixtures_at(level, method.kls, method.rewards)
     if not ends:
         return None
@@ -156,32 +142,16 @@ class _Method:
     rewards: np.ndarray
 
 
-def _methods(folder: Path) -> dict[str, _Method]:
-    found: dict[str, list[tuple[FrontierPoint, list[float]]]] = {}
-    prompts: list[str] = []
-    for point in read_frontier(folder):
-        by_prompt = _by_prompt(point)
-        prompts = prompts or list(by_prompt)
-        if list(by_prompt) != prompts:
+def _evaluated(record: Record, method: str) -> _Method:
+    """All evaluations of a method; all methods' must be on the same prompts."""
+    prompts = list(record.rewards(record.points[0]))
+    points = record.of(method)
+    for point in points:
+        if list(record.rewards(point)) != prompts:
             raise InputError(
                 f"the replies of step {point.step} are not to the prompts of the other runs",
-                file=point.folder,
+                file=record.folder / "runs" / point.run,
                 mend="Remove the run's folder, and go on: it is then run again.",
             )
-        found.setdefault(point.method, []).append((point, list(by_prompt.values())))
-    return {
-        method: _Method(
-            [point.run for point, _ in points],
-            np.array([point.kl for point, _ in points]),
-            np.array([rewards for _, rewards in points]),
-        )
-        for method, points in found.items()
-    }
-
-
-def _by_prompt(point: FrontierPoint) -> dict[str, float]:
-    """Mean reward of the replies to each prompt: prompts are what is drawn anew."""
-    rewards: dict[str, list[float]] = {}
-    for prompt, reward in zip(point.replies.prompts, point.replies.rewards.tolist(), strict=True):
-        rewards.setdefault(json.dumps(prompt), []).append(reward)
-    return {prompt: sum(values) / len(values) for prompt, values in rewards.items()}
+    rewards = [list(record.rewards(point).values()) for point in points]
+    return _Method([point.run for point in points], np.array([p.kl for p in points]), np.array(rewards))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from dpo_kit.comparison.findings import central_level, lead, side, signed, with_interval
 from dpo_kit.comparison.pictures import draw, look
-from dpo_kit.comparison.record import START, Point, Record, standard_error
+from dpo_kit.comparison.record import START, Point, Record
 from dpo_kit.report.page import Drawn, render, require_extra, write_whole
 from dpo_kit.report.summary import Card, amount, as_text, duration, memory
 
@@ -226,9 +226,9 @@ def _worst(record: Record) -> list[dict[str, Any]]:
 def _wrong(record: Record, point: Point) -> str:
     start = record.start
     assert start is not None
-    before, after = record.rewards(start), record.rewards(point)
+    gain, error = record.gain(point)
     place = f"at step {point.step}, at a KL of {point.kl:.1f} nats"
-    if len(before) == len(after) > 1 and (after - before).mean() < -2 * standard_error(after - before):
+    if gain < -2 * error:
         return f"mean reward {signed(point.reward)} {place}, below the SFT policy's {signed(start.reward)}"
     if point.kl > FAR * max(record.levels):
         return f"mean reward {signed(point.reward)} {place}, far from the SFT policy"

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dpo_kit.comparison.record import START, Point, Record, standard_error
+from dpo_kit.comparison.record import START, Point, Record
 from dpo_kit.report.page import write_whole
 from dpo_kit.report.pictures import BLUE, GREEN, VERMILION
 from dpo_kit.report.plots import DPI, GREY, dress, png_of, short
@@ -129,7 +129,7 @@ def _limits(record: Record) -> tuple[float, tuple[float, float]]:
     drawn = [p.reward for p in finite if p.kl <= x]
     best = [p for method in record.methods for p in envelope(record, method) if p.kl <= x]
     best += [record.start] if record.start else []
-    bars = [p.reward + standard_error(record.rewards(p)) for p in best]
+    bars = [p.reward + record.standard_error(p) for p in best]
     top = max([*drawn, *filter(math.isfinite, bars)])
     bottom = min([p.reward for p in best] or drawn)
     bottom = max(min(drawn), bottom - BELOW_FRONTIERS * (top - bottom))
@@ -152,7 +152,7 @@ def _draw_method(axes: Axes, record: Record, method: str) -> None:
     shown = [point for point in best if point is not record.start]
     kls, rewards = [p.kl for p in best], [p.reward for p in best]
     axes.plot(kls, rewards, color=colour, linestyle=style["linestyle"], linewidth=2, zorder=4)
-    errors = [standard_error(record.rewards(point)) for point in shown]
+    errors = [record.standard_error(point) for point in shown]
     place = [p.kl for p in shown], [p.reward for p in shown]
     axes.errorbar(*place, yerr=errors, fmt="none", ecolor=colour, elinewidth=1, alpha=0.7, zorder=4)
     axes.plot(*place, marker, color=colour, markersize=7, markeredgecolor="white", zorder=5)

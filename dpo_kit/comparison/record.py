@@ -201,12 +201,21 @@ class Record:
         except ValueError as error:
             raise InputError(f"not JSON lines ({error})", file=path, mend="Run it again.") from error
 
-    def rewards(self, point: Point) -> np.ndarray:
-        """[P] mean reward of the replies to each prompt, in the order of the prompts."""
+    def rewards(self, point: Point) -> dict[str, float]:
+        """Prompt (as JSON) -> mean reward of the replies to it, in the order of the prompts."""
         by_prompt: dict[str, list[float]] = {}
         for reply in self.replies(point):
             by_prompt.setdefault(json.dumps(reply["prompt"]), []).append(reply["reward"])
-        return np.array([np.mean(rewards) for rewards in by_prompt.values()])
+        return {prompt: sum(rewards) / len(rewards) for prompt, rewards in by_prompt.items()}
+
+    def gain(self, point: Point) -> tuple[float, float]:
+        """How much better an evaluation is than the SFT policy, prompt by prompt: mean and standard error."""
+        before = self.rewards(self.start) if self.start else {}
+        return _mean_and_error([value - before[p] for p, value in self.rewards(point).items() if p in before])
+
+    def standard_error(self, point: Point) -> float:
+        """Of an evaluation's reward, over prompts; NaN for fewer than two."""
+        return _mean_and_error(list(self.rewards(point).values()))[1]
 
     def nearest(self, points: Iterable[Point], kl: float) -> Point | None:
         """The evaluation whose KL is closest to one, of trained policies whose replies were kept."""
@@ -217,9 +226,11 @@ class Record:
         return self.folder / "runs" / point.run / "evaluations" / f"step-{point.step}.jsonl"
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean of values [N]; NaN for fewer than two."""
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    """NaN where there are too few."""
+    mean = float(np.mean(values)) if values else math.nan
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return mean, error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
