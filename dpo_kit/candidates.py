@@ -19,34 +19,37 @@ from transformers import PreTrainedTokenizerBase
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation.rewards import Reward, load_reward
 from dpo_kit.evaluation.sampling import load_prompts
+from dpo_kit.json_lines import write_lines
 from dpo_kit.labelling import Account, Labelling, by_reward, labelled, read_candidates
 from dpo_kit.measurement import Say
 from dpo_kit.models import load_model
+from dpo_kit.pairs.splitting import normalised
 from dpo_kit.pairs.writing import RowWriter
 from dpo_kit.prompts import Drawn, Prefixes, draw_prompts
 from dpo_kit.recipe import Recipe
 from dpo_kit.recipe_sections import CandidatesSection
 from dpo_kit.run_folder import write_text
 from dpo_kit.samples_file import Sampling, sample_to_file
-from dpo_kit.texts import Prompt, identity, read_prompts
+from dpo_kit.texts import read_prompts
 from dpo_kit.tokenizer import load_tokenizer
 
 TRAIN_FILE, HELD_OUT_FILE, PROMPTS_FILE = "train.jsonl", "heldout.jsonl", "prompts.jsonl"
 
 
 def check_candidates(recipe: Recipe) -> None:
-    """Refuse what would stop `make_pairs`: sources without enough texts, a reward that does not load.
+    """Refuse what would stop `make_pairs`: sources without enough prompts, a reward that does not load.
+
+    Where the tokenizer is there already the prompts are drawn; where it is still to be learned on the corpus,
+    there are no more prefixes than texts, and these are counted.
 
     Raises:
         InputError: naming the key.
     """
-    section = _section(recipe)
-    wanted, seen = _wanted(section), set()
-    for text in read_prompts(section.source, field="candidates.source"):
-        seen.add(identity(text))
-        if len(seen) == wanted:
-            break
-    _require_enough(len(seen), wanted)
+    named = recipe.model.tokenizer or recipe.model.path
+    if named is not None or _section(recipe).prefix_tokens is None:
+        _draw(recipe, load_tokenizer(str(named)) if named is not None else None)
+    else:
+        _require_enough(_distinct_texts(recipe), _wanted(recipe))
     _load_reward(recipe)
 
 
@@ -103,7 +106,7 @@ def make_pairs(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
         for key in ("seconds", "tokens", "tokens_sampled", "unfinished"):
             totals[key] += spent[key]
     say(account.summary("pairs"))
-    _write_prompts(folder / PROMPTS_FILE, drawn.prompts[held_out:])
+    write_lines(folder / PROMPTS_FILE, ({"prompt": prompt} for prompt in drawn.prompts[held_out:]))
     figures = {f"candidates/{key}": value for key, value in (totals | _figures(account)).items()}
     write_text(figures_file, json.dumps(figures))
     del policy
@@ -122,8 +125,20 @@ def _section(recipe: Recipe) -> CandidatesSection:
     return recipe.candidates
 
 
-def _wanted(section: CandidatesSection) -> int:
-    return section.prompts + section.held_out + section.evaluation
+def _wanted(recipe: Recipe) -> int:
+    """Prompts to draw; none to evaluate on where `eval.prompts` names them."""
+    section = _section(recipe)
+    return section.prompts + section.held_out + (section.evaluation if recipe.eval.prompts is None else 0)
+
+
+def _distinct_texts(recipe: Recipe) -> int:
+    """How many the sources have; counted up to as many as are wanted."""
+    seen: set[str] = set()
+    for text in read_prompts(_section(recipe).source, field="candidates.source"):
+        seen.add(normalised(text))
+        if len(seen) == _wanted(recipe):
+            break
+    return len(seen)
 
 
 def _require_enough(found: int, wanted: int) -> None:
@@ -135,7 +150,7 @@ def _require_enough(found: int, wanted: int) -> None:
         )
 
 
-def _draw(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Drawn:
+def _draw(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> Drawn:
     """Distinct prompts for training pairs, then for held-out pairs, then to evaluate on.
 
     What `eval.prompts` names is none of them: no method may learn from what it is evaluated on.
@@ -143,21 +158,22 @@ def _draw(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Drawn:
     section, given = _section(recipe), recipe.eval.prompts
     prefixes = None
     if section.prefix_tokens is not None:
+        assert tokenizer is not None
         prefixes = Prefixes(tokenizer, *section.prefix_tokens, seed=section.seed)
     drawn = draw_prompts(
         section.source,
-        _wanted(section),
+        _wanted(recipe),
         seed=section.seed,
         prefixes=prefixes,
         without=load_prompts(given) if given is not None else (),
     )
-    _require_enough(len(drawn.prompts), _wanted(section))
+    _require_enough(len(drawn.prompts), _wanted(recipe))
     return drawn
 
 
 def _tell_of(drawn: Drawn, section: CandidatesSection, say: Say) -> None:
     counts = drawn.counts
-    line = f"{len(drawn.prompts):,} prompts of {counts['texts']:,} texts"
+    line = f"{len(drawn.prompts):,} prompts of {counts['read']:,} texts"
     if section.prefix_tokens is not None:
         line += f"; {counts['too_short']:,} too short (not more than {section.prefix_tokens[1]} tokens)"
         line += f"; {counts['no_border']:,} without a token's end to cut them at"
@@ -194,11 +210,6 @@ def _write_pairs(
                 mend="Sample more replies to a prompt, or look at what the reward gives.",
             )
     return writer.rows
-
-
-def _write_prompts(path: Path, prompts: list[Prompt]) -> None:
-    lines = (json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
-    write_text(path, "".join(lines))
 
 
 def _figures(account: Account) -> dict[str, Any]:

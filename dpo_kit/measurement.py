@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -23,10 +22,10 @@ from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
 from dpo_kit.evaluation.rewards import Reward
 from dpo_kit.evaluation.sampling import Prompt, Sample, encode_prompts, sample_replies
+from dpo_kit.json_lines import read_lines, write_lines
 from dpo_kit.losses import make_objective
 from dpo_kit.models import check_length
 from dpo_kit.recipe import Recipe
-from dpo_kit.run_folder import write_text
 from dpo_kit.trainer import PreferenceTrainer
 
 Say = Callable[[str], None]
@@ -175,7 +174,7 @@ class SampleTracker(TrainerCallback):
     def before(self) -> None:
         """Measure the policy before it is trained; a resumed run has that, unless its prompts changed."""
         path = self._place(0)
-        if not path.exists() or [line["prompt"] for line in _lines(path)] != self.samples.each_prompt:
+        if not path.exists() or [line["prompt"] for line in read_lines(path)] != self.samples.each_prompt:
             self.measure(0)
 
     def on_step_end(
@@ -211,7 +210,7 @@ class SampleTracker(TrainerCallback):
             if step == 0 and self.samples.has_kl:
                 found = replace(found, kls=[0.0] * len(found.samples))
             self._place(step).parent.mkdir(parents=True, exist_ok=True)
-            _write_lines(self._place(step), found.lines())
+            write_lines(self._place(step), found.lines())
             self._log({f"eval_{name}": value for name, value in found.means().items()} | cost)
 
     def _place(self, step: int) -> Path:
@@ -221,14 +220,6 @@ class SampleTracker(TrainerCallback):
 def evaluation_file(folder: Path, step: int) -> Path:
     """Where a run keeps the replies that it measured at a step."""
     return folder / "evaluations" / f"step-{step}.jsonl"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def sample_figures(folder: Path, last: int) -> dict[str, float]:
@@ -241,14 +232,14 @@ def sample_figures(folder: Path, last: int) -> dict[str, float]:
     places = [evaluation_file(folder, step) for step in (0, last)]
     if not all(place.exists() for place in places):
         return {}
-    before, after = map(_lines, places)
+    before, after = map(read_lines, places)
     lines = []
     for old, new in zip(before, after, strict=True):
         line = {"prompt": old["prompt"], "before": old["reply"], "after": new["reply"]}
         if "reward" in new:
             line |= {"reward_before": old["reward"], "reward_after": new["reward"]}
         lines.append(line)
-    _write_lines(folder / "samples.jsonl", lines)
+    write_lines(folder / "samples.jsonl", lines)
     columns: dict[str, list[Any]] = {
         "eval/kl": [line.get("kl") for line in after],
         "eval/reward_before": [line.get("reward_before") for line in lines],

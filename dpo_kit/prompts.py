@@ -1,4 +1,8 @@
-"""Which prompts replies are sampled to: distinct ones, drawn by a seed; whole, or the beginnings of texts."""
+"""Which prompts replies are sampled to: distinct ones, drawn by a seed; whole, or the beginnings of texts.
+
+Distinct as `data split` has it (`pairs.splitting.normalised`): prompts that differ in case, white space and
+Unicode form only are the same. One prefix may still be the beginning of another.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.errors import InputError
+from dpo_kit.pairs.splitting import normalised
 from dpo_kit.texts import Prompt, identity, read_prompts
 
 # Of a long text only the beginning goes through the tokenizer: so many characters for each token wanted.
@@ -87,7 +92,7 @@ class Prefixes:
 class Drawn:
     """Distinct prompts in their random order, and the account of the texts that they are from.
 
-    `counts` has texts (read), and how many of them were too_short, had no_border, or were kept_out.
+    `counts` has the texts read, and how many of them were too_short, had no_border, or were kept_out.
     """
 
     prompts: list[Prompt]
@@ -106,7 +111,8 @@ def draw_prompts(
     """Up to `count` distinct prompts: all texts are put in a random order, and each new prompt is taken.
 
     The sources are read once, as a stream, and about twice as many prompts held as are asked for. The order
-    is that of a digest of seed and text, so that it depends on no text's neighbours.
+    is that of a digest of seed and text, so that it depends on no text's neighbours; of prompts that are the
+    same but for their writing, the first one is taken.
 
     Args:
         sources: as `read_prompts` takes them.
@@ -125,18 +131,18 @@ def draw_prompts(
             field="candidates.prefix_tokens",
             mend="Use a fast tokenizer (tokenizer.json), or name a source of whole prompts.",
         )
-    kept_out = {identity(prompt) for prompt in without}
-    counts: Counter[str] = Counter(texts=0, too_short=0, no_border=0, kept_out=0)
-    smallest: dict[str, bytes] = {}
+    kept_out = set(map(normalised, without))
+    counts: Counter[str] = Counter(read=0, too_short=0, no_border=0, kept_out=0)
+    smallest: dict[str, tuple[bytes, str]] = {}
     for text, prompt in _texts_and_prompts(sources, prefixes, counts, field):
-        name, key = identity(prompt), _key(text, seed)
+        name, key = normalised(prompt), (_key(text, seed), identity(prompt))
         if name in kept_out:
             counts["kept_out"] += 1
         else:
             smallest[name] = min(key, smallest.get(name, key))
             if len(smallest) > 2 * count + 1000:
                 smallest = _first(smallest, count)
-    return Drawn([json.loads(name) for name in _first(smallest, count)], counts)
+    return Drawn([json.loads(prompt) for _, prompt in _first(smallest, count).values()], counts)
 
 
 def _texts_and_prompts(
@@ -144,7 +150,7 @@ def _texts_and_prompts(
 ) -> Iterator[tuple[Prompt, Prompt]]:
     texts = read_prompts(sources, field=field)
     while batch := list(islice(texts, _TEXTS_AT_ONCE)):
-        counts["texts"] += len(batch)
+        counts["read"] += len(batch)
         if prefixes is None:
             yield from zip(batch, batch, strict=True)
             continue
@@ -166,5 +172,5 @@ def _key(text: Prompt, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed} {identity(text)}".encode(), digest_size=16).digest()
 
 
-def _first(keys: dict[str, bytes], count: int) -> dict[str, bytes]:
+def _first(keys: dict[str, tuple[bytes, str]], count: int) -> dict[str, tuple[bytes, str]]:
     return dict(sorted(keys.items(), key=lambda item: item[1])[:count])

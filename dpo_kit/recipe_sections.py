@@ -161,6 +161,11 @@ class PpoSection(Section):
     reward: str = Field(
         "model", description="model: learned from the pairs; true: that of eval; or as eval.reward is written"
     )
+    value: Literal["auto", "reward_model", "policy"] = Field(
+        "auto",
+        description="what the value model starts as: the reward model, or the policy with a value of 0; "
+        "auto: the reward model where the reward is learned",
+    )
     normalise: bool = Field(
         True, description="reward minus its mean over the first policy's samples, over their deviation"
     )

@@ -342,7 +342,11 @@ def _fill(trainer: PreferenceTrainer, say: Say) -> dict[str, Any]:
     trainer.fill_reference()
     filled = trainer.filled
     say(f"reference: {filled.computed} sequences computed in {filled.seconds:.1f} s, the others were known")
-    return {"reference_computed": filled.computed, "reference_runtime": filled.seconds}
+    return {
+        "reference_computed": filled.computed,
+        "reference_runtime": filled.seconds,
+        "reference_tokens": filled.tokens,
+    }
 
 
 def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dict[str, Any]:

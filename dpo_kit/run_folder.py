@@ -24,6 +24,8 @@ from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import digest_weights
 
+# What a part of a run's start was made from, beside what was made.
+ORIGIN_FILE = "origin.json"
 _PACKAGES = ("dpo-kit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
 
@@ -53,7 +55,7 @@ _TRAIN = (
     "bf16",
     "fp16",
 )
-_FIXED = ("model", "reference", "data", "sft", "loss", *(f"train.{name}" for name in _TRAIN))
+_FIXED = ("model", "reference", "data", "sft", "candidates", "loss", *(f"train.{name}" for name in _TRAIN))
 _FREE = ("reference.cache_dir", "data.cache_dir", "data.num_proc", "data.eval", "sft.train.disable_tqdm")
 
 
@@ -77,8 +79,9 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
     }
     before |= flat_keys(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     now = flat_keys(resolved)
+    fixed_too = _of_eval(resolved)
     for key in sorted(before.keys() | now.keys()):
-        fixed = any(key == name or key.startswith(f"{name}.") for name in _FIXED)
+        fixed = any(key == name or key.startswith(f"{name}.") for name in (*_FIXED, *fixed_too))
         if fixed and key not in _FREE and before.get(key) != now.get(key):
             raise InputError(
                 f"the run was started with {before.get(key)!r} and would go on with {now.get(key)!r}",
@@ -86,6 +89,15 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
                 field=key,
                 mend="Resume with the recipe as it was, or start anew without --resume.",
             )
+
+
+def _of_eval(resolved: dict[str, Any]) -> list[str]:
+    """What the pairs of `candidates` take from the section `eval`."""
+    section = resolved.get("candidates")
+    if section is None:
+        return []
+    taken = [name for name in ("reward", "max_new_tokens") if section.get(name) is None]
+    return ["eval.prompts", *(f"eval.{name}" for name in taken)]
 
 
 def is_finished(folder: Path, resolved: dict[str, Any]) -> bool:
@@ -113,8 +125,12 @@ def flat_keys(content: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+# A run that was stopped on the way to its first step has no recipe.yaml yet.
+_MADE_BY_RUNS = ("recipe.yaml", "sft", f"pairs/{ORIGIN_FILE}", "metrics.jsonl")
+
+
 def _check_is_run(folder: Path) -> None:
-    if not any((folder / name).exists() for name in ("recipe.yaml", "sft", "metrics.jsonl")):
+    if not any((folder / name).exists() for name in _MADE_BY_RUNS):
         raise InputError(
             "there is something here that is not a run folder",
             file=folder,

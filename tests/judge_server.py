@@ -1,6 +1,7 @@
 """A judge to test with: a real HTTP server on this machine that speaks OpenAI's chat completions."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -107,8 +108,11 @@ def judge_server(answer: Callable[[str, int], Reply], **settings: Any) -> Any:
 
 def shown(text: str) -> tuple[str, str]:
     """The two replies in a question made from the shipped prompt `helpfulness`, in their order."""
-    first = text.split("=== Reply A ===\n")[1].split("\n\n=== Reply B ===")[0]
-    return first, text.split("=== Reply B ===\n")[1].split("\n\n=== Your answer ===")[0]
+    found = re.search(
+        r"=== Reply A (\w+) ===\n(.*?)\n\n=== Reply B \1 ===\n(.*?)\n\n=== Your answer \1 ===", text, re.S
+    )
+    assert found is not None
+    return found[2], found[3]
 
 
 def longer_is_better(text: str, _: int) -> str:

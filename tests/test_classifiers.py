@@ -108,6 +108,7 @@ def test_a_text_that_is_too_long_is_cut_and_told_of_once(tmp_path):
     [
         (TWO, "@joy", "no label 'joy'.*NEGATIVE, POSITIVE"),
         ({0: "spam", 1: "ham"}, "", "none of the classifier's labels is positive.*spam, ham"),
+        ({i: f"LABEL_{i}" for i in range(5)}, "", "none of the classifier's labels is positive"),
     ],
 )
 def test_labels_that_are_not_there(labels, asked, problem, tmp_path):
@@ -115,6 +116,15 @@ def test_labels_that_are_not_there(labels, asked, problem, tmp_path):
     with pytest.raises(InputError, match=problem) as caught:
         load_reward(f"classifier:{tmp_path}{asked}", field="candidates.reward")
     assert caught.value.field == "candidates.reward"
+
+
+def test_a_classifier_that_gives_no_number_is_found_out(tmp_path):
+    model, _ = save_classifier(tmp_path)
+    with torch.no_grad():
+        model.classifier.out_proj.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="reply 1 and not a finite number"):
+        load_reward(f"classifier:{tmp_path}")(PROMPTS, REPLIES)
 
 
 def test_a_folder_with_signs_in_its_name(tmp_path):

@@ -113,6 +113,43 @@ def test_prompts_from_a_file(tmp_path):
             load_prompts(path)
 
 
+def test_rewards_are_any_finite_numbers_and_a_failure_names_its_reply(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "import numpy as np, torch\nfrom fractions import Fraction\n"
+        "KINDS = {'n': np.float32(0.5), 't': torch.tensor(2.0), 'i': np.int64(3), 'f': Fraction(1, 4),\n"
+        "         'nan': torch.tensor(float('nan')), 'no': None, 'b': np.bool_(True), 'v': torch.ones(1)}\n"
+        "def f(text):\n    return KINDS[text]\n"
+    )
+    reward = load_reward(f"{path}:f", field="--reward")
+    assert reward([""] * 4, ["n", "t", "i", "f"]) == [0.5, 2.0, 3.0, 0.25]
+    for bad in ("nan", "no", "b", "v"):
+        with pytest.raises(InputError, match="reply 2 and not a finite number") as caught:
+            reward([""] * 2, ["n", bad])
+        assert caught.value.field == "--reward"
+    with pytest.raises(InputError, match=r"r\.py.*'f' fails at reply 3: KeyError\('zzz'\)") as caught:
+        reward([""] * 3, ["n", "n", "zzz"])
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("place", ["model", "checkpoints/step-2"])
+def test_a_reward_model_writes_conversations_as_it_did_in_training(model, tokenizer, tmp_path, place):
+    from dpo_kit.models import load_reward_model
+
+    folder = tmp_path / "run" / place
+    model.save_pretrained(tmp_path / "lm")
+    load_reward_model(tmp_path / "lm")[0].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "run" / "recipe.yaml").write_text("data: {chat_template_kwargs: {mood: good}}\n")
+    learned = load_reward(f"model:{folder}")
+    assert learned.inner._chat_template_kwargs == {"mood": "good"}
+    assert len(learned(["a"], ["b"])) == 1
+    with torch.no_grad():
+        learned.inner.model.score.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match="finite number"):
+        learned(["a"], ["b"])
+
+
 def test_measuring_on_the_way_takes_no_line_of_training_away(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")

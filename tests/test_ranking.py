@@ -1,6 +1,7 @@
 """Bradley-Terry strengths fitted to comparisons."""
 
 import math
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -64,3 +65,15 @@ def test_what_the_judge_says_nothing_about_does_not_count():
     assert scores[0] > scores[1] > scores[2]
     with pytest.raises(ValueError, match=r"1\.5"):
         judged_scores(["p"], [["a", "b"]], lambda *_: [1.5])
+
+
+def test_of_all_tournaments_of_four_only_different_strengths_differ():
+    """Where all have met, the fit goes by the number of wins alone: equal numbers are equal strengths."""
+    pairs = list(combinations(range(4), 2))
+    for outcome in product([0.0, 0.5, 1.0], repeat=6):
+        wins = np.zeros((4, 4))
+        for (a, b), won in zip(pairs, outcome, strict=True):
+            wins[a, b], wins[b, a] = won, 1 - won
+        found, total = bradley_terry_strengths(wins), wins.sum(1)
+        for a, b in pairs:
+            assert np.sign(found[a] - found[b]) == np.sign(total[a] - total[b]), outcome

@@ -72,7 +72,7 @@ def dpo_lines() -> list[dict[str, Any]]:
 def sampled(fall: float, count: int = 40) -> list[dict[str, Any]]:
     """Samples whose reward falls by `fall`, give or take 0.5."""
     return [
-        {"prompt": "p", "before": "b", "after": "a", "reward_before": 1.0}
+        {"prompt": f"p{i}", "before": "b", "after": "a", "reward_before": 1.0}
         | {"reward_after": 1.0 - fall + 0.5 * (-1) ** i}
         for i in range(count)
     ]
@@ -138,8 +138,23 @@ def test_samples_that_got_worse_beyond_chance_are_told(tmp_path: Path, fall: flo
     text = warnings_of(write_run(tmp_path / "run", ppo_lines(), samples=sampled(fall)))
     assert ("The samples got worse" in text) == expected
     if expected:
-        assert "fell by 0.500 ± 0.160 (two standard errors over 40 replies), while the score" in text
+        assert "fell by 0.500 ± 0.160 (two standard errors over 40 prompts), while the score" in text
         assert "the true reward does not" in text
+
+
+def test_replies_to_one_prompt_count_as_one(tmp_path: Path) -> None:
+    """Of 40 replies to 10 prompts whose rewards move together, the error is that of 10."""
+    samples = [
+        {**line, "prompt": f"p{i}", "reward_before": 1.0, "reward_after": 0.75 + 0.5 * (-1) ** i}
+        for i in range(10)
+        for line in sampled(0.0, 4)
+    ]
+    assert "The samples got worse" not in warnings_of(
+        write_run(tmp_path / "few", ppo_lines(), samples=samples)
+    )
+    samples = [{**line, "prompt": f"p{i}"} for i, line in enumerate(samples)]
+    many = write_run(tmp_path / "many", ppo_lines(), samples=samples)
+    assert "The samples got worse" in warnings_of(many)
 
 
 def test_worse_samples_of_a_run_without_scores_blame_no_score(tmp_path: Path) -> None:

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_kit.comparison.execute import outcome
+from dpo_kit.comparison.execute import REFERENCE_FILE, outcome
 from dpo_kit.comparison.results import comparison_in, measurements, write_table
 from dpo_kit.comparison.runs import Run
 
 FIGURES = ("seconds", "tokens", "tokens_sampled", "peak_memory_bytes")
 COLUMNS = ("method", "label", "runs", *FIGURES, "reward", "kl", "times_dpo", "diverged")
 
+_OF_REFERENCE = (("seconds", "runtime"), ("tokens", "tokens"))
+
 
 def write_costs(folder: Path) -> None:
     """costs.csv: a row for each method, means over its finished runs; then the shared work.
 
-    `seconds` are of training, the log-probs of a cached reference included, which the runs of a comparison
-    share: the first one of them pays. `reward` and `kl` are of the method's best run at its end. `times_dpo`
-    are its seconds over those of `dpo`, or of the recipe's first method where it has none of that name.
+    `seconds` are of training; log-probs of a cached reference, computed ahead, are shared work. `reward` and
+    `kl` are of the method's best run at its end. `times_dpo` are its seconds over those of `dpo`, or of the recipe's first method where it has none of that name.
     """
     recipe, runs = comparison_in(folder)
     assert recipe.frontier is not None
@@ -58,18 +59,24 @@ def _of_summary(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def _shared(folder: Path) -> list[dict[str, Any]]:
-    """What is made once: the SFT policy, the candidates that pairs are made of, the reward model."""
+    """What is made once: SFT policy, the candidates that pairs are made of, reward model, reference."""
     sft = _read(folder / "start" / "sft" / "figures.json")
     pairs = _read(folder / "start" / "pairs" / "figures.json")
     reward_model = _read(folder / "reward_model" / "summary.json")
+    reference = _read(folder / REFERENCE_FILE)
     work: list[tuple[str, str, dict[str, Any]]] = [
         ("sft", "SFT", {"seconds": sft.get("sft/runtime"), "tokens": sft.get("sft/tokens")}),
         ("candidates", "Candidates", {name: pairs.get(f"candidates/{name}") for name in FIGURES}),
         ("reward_model", "Reward model", _of_summary(reward_model)),
+        (
+            "reference",
+            "Reference's log-probs",
+            {n: reference.get(f"reference_{k}") for n, k in _OF_REFERENCE},
+        ),
     ]
     return [
         {"method": name, "label": label, "runs": 1} | figures
-        for (name, label, figures), made in zip(work, (sft, pairs, reward_model), strict=True)
+        for (name, label, figures), made in zip(work, (sft, pairs, reward_model, reference), strict=True)
         if made
     ]
 

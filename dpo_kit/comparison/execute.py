@@ -24,14 +24,18 @@ from typing import Any
 
 import torch
 
-from dpo_kit.comparison.runs import Run
+from dpo_kit.comparison.runs import Run, runs_of
 from dpo_kit.errors import DivergedError, DpoKitError
+from dpo_kit.losses import make_objective
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import digest_recipe, write_text
 from dpo_kit.start import make_start, started
 
 # Where a run that stopped at a loss that is not finite says so: that is a result, and is not tried again.
 DIVERGED_FILE = "diverged.json"
+
+# What computing the reference's log-probs took.
+REFERENCE_FILE = "reference.json"
 
 # How long an ended process may take to go.
 _PATIENCE = 10.0
@@ -185,6 +189,23 @@ def _reward_model_of(folder: Path) -> None:
     trained_reward_model(started(recipe, folder / "start"), folder / "reward_model", _say)
 
 
+def has_cached_reference(run: Run) -> bool:
+    """Whether a run compares its policy with log-probs of the start that are kept on disk."""
+    if run.command != "train" or run.recipe.reference.mode not in ("auto", "cached"):
+        return False
+    objective = make_objective(run.recipe.loss)
+    return objective.needs_reference and "reference_kl" not in objective.extras
+
+
+def _reference_of(folder: Path) -> None:
+    """The log-probs of the SFT policy on the pairs, which the runs of a comparison then find."""
+    from dpo_kit.run import fill_cache
+
+    runs = runs_of(Recipe.load(folder / "recipe.yaml"), folder)
+    figures = fill_cache(next(run.recipe for run in runs if has_cached_reference(run)), say=_say)
+    write_text(folder / REFERENCE_FILE, json.dumps(figures))
+
+
 def _run_by(module: str, name: str, **keywords: Any) -> Callable[[Path], None]:
     def carried_out(place: Path) -> None:
         recipe = Recipe.load(place)
@@ -207,6 +228,7 @@ def _run_by(module: str, name: str, **keywords: Any) -> Callable[[Path], None]:
 COMMANDS: dict[str, Callable[[Path], None]] = {
     "start": _start_of,
     "reward_model": _reward_model_of,
+    "reference": _reference_of,
     "train": _run_by("run", "run_recipe", resume=True),
     "ppo": _run_by("comparison.ppo_run", "run_ppo", resume=True),
     "rloo": _run_by("comparison.rloo_run", "run_rloo", resume=True),

@@ -15,7 +15,15 @@ import yaml
 
 from dpo_kit.checkpoints import put_aside
 from dpo_kit.comparison.costs import write_costs
-from dpo_kit.comparison.execute import Ended, Job, carry_out, default_workers, outcome
+from dpo_kit.comparison.execute import (
+    REFERENCE_FILE,
+    Ended,
+    Job,
+    carry_out,
+    default_workers,
+    has_cached_reference,
+    outcome,
+)
 from dpo_kit.comparison.matched import write_matched
 from dpo_kit.comparison.progress import Progress
 from dpo_kit.comparison.results import read_table, write_frontier, write_runs
@@ -61,6 +69,8 @@ def run_frontier(recipe_path: Path, overrides: list[str], *, quick: bool, say: S
         _make(Job("the start", "start", folder, folder / "start.log"), say)
     if _needs_reward_model(recipe, runs) and not (folder / "reward_model" / "summary.json").exists():
         _make(Job("the reward model", "reward_model", folder, folder / "reward_model.log"), say)
+    if not (folder / REFERENCE_FILE).exists() and any(map(has_cached_reference, runs)):
+        _make(Job("the reference's log-probs", "reference", folder, folder / "reference.log"), say)
     _carry_out_runs(recipe, folder, runs, say)
     write_matched(folder)
     write_costs(folder)
@@ -136,8 +146,14 @@ def _open_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _needs_reward_model(recipe: Recipe, runs: Sequence[Run]) -> bool:
-    """Best-of-N and PPO, whose values start as the reward model even where its reward is the true one."""
-    return recipe.reward_model.path is None and any(run.command != "train" for run in runs)
+    learned = [
+        run.command == "best_of_n"
+        or run.recipe.ppo.reward == "model"
+        or run.recipe.ppo.value == "reward_model"
+        for run in runs
+        if run.command != "train"
+    ]
+    return recipe.reward_model.path is None and any(learned)
 
 
 def _make(job: Job, say: Say) -> None:

@@ -202,11 +202,19 @@ def _distinct_prompts(
 
 def _reward_folder(recipe: Recipe, folder: Path, say: Say) -> Path | None:
     """Where the learned reward model lies, the recipe's own or one trained now; None where none is needed."""
-    if recipe.ppo.reward == "model":
+    if "model" in (recipe.ppo.reward, _value_start(recipe)):
         return trained_reward_model(recipe, folder / "reward_model", say)
-    given = recipe.reward_model.path
-    # Beside a reward that is not learned it is the values' start, if it is there.
-    return Path(given) if given is not None and Path(given).exists() else None
+    return None
+
+
+def _value_start(recipe: Recipe) -> str:
+    """ "model" or "policy": a reward model knows the last token only, so that it is a start for its own reward.
+
+    With the true reward, values that begin at 0 have more reward at half the KL (two seeds, small world).
+    """
+    if recipe.ppo.value == "auto":
+        return "model" if recipe.ppo.reward == "model" else "policy"
+    return "model" if recipe.ppo.value == "reward_model" else "policy"
 
 
 def _train(
@@ -244,7 +252,7 @@ def _train(
     meter.start()
     figures = {}
     if recipe.ppo.normalise:
-        figures = _normalise(ppo, trainer, learned is not None, list(parts.prompts), say)
+        figures = _normalise(ppo, trainer, _value_start(recipe) == "model", list(parts.prompts), say)
     say("training by PPO")
     trainer.train()
     meter.stop()
@@ -303,24 +311,28 @@ def _normalise(
 def _reward_and_value(
     recipe: Recipe, parts: _Parts, learned: Path | None
 ) -> tuple[nn.Module, PreTrainedModel]:
-    """The reward, and the model that learns the values: it starts as the learned reward if there is one."""
+    """The reward, and the model that learns the values."""
     dtype = parts.policy.dtype
-    if learned is not None:
-        value, new = load_reward_model(learned, dtype)
-        if new or embedded_tokens(value) != embedded_tokens(parts.policy):
-            raise InputError(
-                "this is no reward model of the policy's vocabulary",
-                file=learned,
-                field="reward_model.path",
-                mend="Leave it out: one is trained from the pairs.",
-            )
-    else:
-        value = value_model_of(parts.policy)
+    model = _learned(parts.policy, learned) if learned is not None else None
     if parts.reward is None:
-        reward: nn.Module = copy.deepcopy(value)
+        assert model is not None
+        reward: nn.Module = copy.deepcopy(model)
     else:
         reward = TextReward(parts.reward, parts.tokenizer, parts.prompts, parts.ends, dtype)
+    value = model if model is not None and _value_start(recipe) == "model" else value_model_of(parts.policy)
     return reward.eval().requires_grad_(False), value
+
+
+def _learned(policy: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model, new = load_reward_model(folder, policy.dtype)
+    if new or embedded_tokens(model) != embedded_tokens(policy):
+        raise InputError(
+            "this is no reward model of the policy's vocabulary",
+            file=folder,
+            field="reward_model.path",
+            mend="Leave it out: one is trained from the pairs.",
+        )
+    return model
 
 
 def _reference(recipe: Recipe, policy: PreTrainedModel) -> PreTrainedModel:

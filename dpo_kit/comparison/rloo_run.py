@@ -22,6 +22,7 @@ from dpo_kit.comparison.reward_model import trained_reward_model
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Reward, load_reward
 from dpo_kit.evaluation.reward_models import LearnedReward
+from dpo_kit.evaluation.rewards import CheckedReward
 from dpo_kit.evaluation.sampling import Prompt, encode_prompts
 from dpo_kit.measurement import Samples, SampleTracker, Say, sample_figures
 from dpo_kit.models import check_length
@@ -163,7 +164,8 @@ def _train(
     say: Say,
 ) -> dict[str, Any]:
     """Train and measure; what came of it."""
-    learned = reward.model if isinstance(reward, LearnedReward) else None
+    inner = reward.inner if isinstance(reward, CheckedReward) else reward
+    learned = inner.model if isinstance(inner, LearnedReward) else None
     for model in (trainer.accelerator.unwrap_model(trainer.model), trainer.ref_model, learned):
         if model is not None:
             meter.watch(model)

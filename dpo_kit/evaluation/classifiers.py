@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.tokenizer import load_tokenizer
 
-# What a label that is asked for by nothing else is called, in lower case.
-_POSITIVE = ("positive", "pos", "label_1", "1")
+# What a label that is asked for by nothing else is called, in lower case; the second where there are two.
+_POSITIVE = ("positive", "pos")
+_SECOND_OF_TWO = ("label_1", "1")
 
 
 class Classifier:
@@ -103,7 +104,7 @@ def load_classifier(name: str, *, field: str) -> Classifier:
 
     Args:
         name: a folder or hub id, with weights in safetensors; no code of theirs is run. LABEL is one of its
-            labels, in any case; without it, the one called positive (or LABEL_1).
+            labels, in any case; without it, the one called positive (or, of two, LABEL_1).
         field: what names it, for errors.
 
     Raises:
@@ -138,7 +139,8 @@ def load_classifier(name: str, *, field: str) -> Classifier:
 
 def _number_of(label: str, names: Mapping[int, str], source: str, field: str) -> int:
     known = {str(name).lower(): int(number) for number, name in names.items()}
-    for wanted in [label.lower()] if label else _POSITIVE:
+    unasked = _POSITIVE + (_SECOND_OF_TWO if len(known) == 2 else ())
+    for wanted in [label.lower()] if label else unasked:
         if wanted in known:
             return known[wanted]
     if not label and len(known) == 1:

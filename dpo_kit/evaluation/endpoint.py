@@ -1,16 +1,20 @@
 """A judge behind an endpoint that speaks OpenAI's chat completions: asked in both orders, answers kept.
 
-The key is read from the environment and goes into the request's header and nowhere else.
+The key is read from the environment and goes into the request's header and nowhere else: $OPENAI_API_KEY to
+OpenAI alone, any other variable to the endpoints of a command that names it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import json
+import math
 import os
 import re
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dpo_kit.cache_folder import cache_folder
-from dpo_kit.errors import DpoKitError, InputError
+from dpo_kit.errors import DpoKitError, DpoKitWarning, InputError
 from dpo_kit.evaluation.judges import (
     DEFAULT_KEY,
     EndpointOptions,
@@ -38,7 +42,15 @@ _REMINDER = "\n\nEnd with one line and nothing after it: Preferred: A, Preferred
 _AROUND = r"[ \t*_#>\"'`()\[\].]*"
 _VERDICT = re.compile(rf"^{_AROUND}preferred{_AROUND}:{_AROUND}(a|b|tie){_AROUND}$", re.I | re.M)
 _BARE = re.compile(rf"{_AROUND}(a|b|tie){_AROUND}", re.I)
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.S)
+# Thoughts that were cut off have no end.
+_THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
+
+_OPENAI = "api.openai.com"
+# A shorter key is no secret, and its letters stand in ordinary words.
+_SHORTEST_SECRET = 8
+
+
+_NO_KEY = f"No key was sent: name the variable that holds it, as in --judge-key-env {DEFAULT_KEY}."
 
 
 class JudgeError(DpoKitError):
@@ -53,8 +65,9 @@ class EndpointJudge(Judge):
     answer without a line `Preferred: A`, `B` or `tie`, or with several that differ, is asked for once more
     with a reminder; then the comparison has no verdict.
 
-    What was answered is appended at once to <cache>/judge/<endpoint and model>.jsonl under a digest of all
-    that was asked, and never asked again; so a run that was stopped goes on where it was.
+    An answer that can be read is appended at once to <cache>/judge/<endpoint and model>.jsonl under a digest of
+    all that was asked, and never asked for again; so a run that was stopped goes on where it was. One that
+    cannot be read (empty, refused, cut off) is not kept: the next run asks again.
     """
 
     order_matters = True
@@ -71,7 +84,7 @@ class EndpointJudge(Judge):
             InputError: the openai package or the key is missing, or URL, prompt file or options are wrong.
         """
         _check_url(url, field)
-        if options.concurrency < 1 or options.retries < 0 or options.timeout <= 0:
+        if options.concurrency < 1 or options.retries < 0 or not 0 < options.timeout < math.inf:
             raise InputError(
                 "an endpoint needs a concurrency of 1 or more, retries of 0 or more and a positive timeout",
                 field=field,
@@ -82,7 +95,7 @@ class EndpointJudge(Judge):
         self._template = load_template(options.prompt)
         settings = {**_SETTINGS, **options.settings}
         self._settings = {name: value for name, value in settings.items() if value is not None}
-        self._key = _key(options.key_env)
+        self._key = _key(self.url, options.key_env)
         self._client = _client(self.url, self._key, options)
         self._answers = _Answers(self.url, model, options.cache_dir)
 
@@ -106,22 +119,27 @@ class EndpointJudge(Judge):
             both = fill(self._template, asked, a, b), fill(self._template, asked, b, a)
             questions.append(None if a.strip() == b.strip() else both)
         texts = [text for both in questions if both is not None for text in both]
-        read = {text: parse(answer) for text, answer in self._ask(texts, progress).items()}
-        unread = [text for text, verdict in read.items() if verdict is None]
-        again = self._ask([text + _REMINDER for text in unread], progress)
-        read |= {text: parse(again[text + _REMINDER]) for text in unread}
+        read = self._ask(texts, "", progress)
+        read |= self._ask([text for text, verdict in read.items() if verdict is None], _REMINDER, progress)
         return [
             Verdict(0.5) if both is None else _combined(read[both[0]], read[both[1]]) for both in questions
         ]
 
-    def _ask(self, texts: Sequence[str], progress: Progress | None) -> dict[str, str]:
-        """The answer to each text; those that are not kept are asked for, each once."""
+    def described(self) -> dict[str, Any]:
+        """See `Judge.described`: also the prompt, with its digest, and the settings of a request."""
+        template = hashlib.sha256(json.dumps(self._template).encode()).hexdigest()
+        prompt = {"prompt": str(self.options.prompt), "prompt_sha256": template}
+        return super().described() | prompt | {"settings": self._settings}
+
+    def _ask(self, texts: Sequence[str], reminder: str, progress: Progress | None) -> dict[str, str | None]:
+        """The verdict on each text; those without one are asked for, each once and with the reminder."""
         keys = {text: self._digest(text) for text in texts}
-        missing = [text for text in keys if keys[text] not in self._answers.known]
+        missing = [text for text in keys if keys[text] not in self._answers.verdicts]
         done = len(keys) - len(missing)
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="judge")
         try:
-            for future in as_completed([pool.submit(self._answer, text, keys[text]) for text in missing]):
+            asked = [pool.submit(self._answer, text + reminder, keys[text]) for text in missing]
+            for future in as_completed(asked):
                 future.result()
                 done += 1
                 if progress is not None:
@@ -129,7 +147,7 @@ class EndpointJudge(Judge):
         finally:
             # What is under way is waited for, since its answer is kept; nothing new is begun.
             pool.shutdown(cancel_futures=True)
-        return {text: self._answers.known[key] for text, key in keys.items()}
+        return {text: self._answers.verdicts.get(key) for text, key in keys.items()}
 
     def _answer(self, text: str, key: str) -> None:
         import openai
@@ -146,7 +164,9 @@ class EndpointJudge(Judge):
         if not choices:
             raise JudgeError(f"{self.url} answers, but not as chat completions do (there are no choices)")
         self.asked += 1
-        self._answers.keep(key, self._clean(choices[0].message.content or ""))
+        answer = self._clean(choices[0].message.content or "")
+        if (verdict := parse(answer)) is not None:
+            self._answers.keep(key, answer, verdict)
 
     def _refused(self, status: int, problem: str) -> DpoKitError:
         problem = self._clean(problem)
@@ -155,9 +175,10 @@ class EndpointJudge(Judge):
                 f"{self.url} still fails, after up to {self.options.retries} retries: {problem}. "
                 "The answers that came are kept: the same command goes on from them."
             )
+        variable = f"${self.options.key_env or DEFAULT_KEY}"
         mends = {
-            401: f"Set the key in ${self.options.key_env or DEFAULT_KEY}.",
-            403: f"Is the key in ${self.options.key_env or DEFAULT_KEY} one for this model?",
+            401: f"Is the key in {variable} right?" if self._key else _NO_KEY,
+            403: f"Is the key in {variable} one for this model?" if self._key else _NO_KEY,
             404: f"Is '{self.model}' a model of it, and {self.url} its base, as in http://HOST/v1?",
         }
         return InputError(
@@ -166,7 +187,7 @@ class EndpointJudge(Judge):
 
     def _clean(self, text: str) -> str:
         """Without the key, which a server may send back."""
-        return text.replace(self._key, "[key]") if self._key else text
+        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
 
     def _digest(self, text: str) -> str:
         asked = [self.url, self.model, _messages(text), self._settings]
@@ -174,17 +195,18 @@ class EndpointJudge(Judge):
 
 
 class _Answers:
-    """Answers by digest, in memory and in a file that is only appended to."""
+    """Answers that could be read: verdicts by digest in memory, whole in a file that is only appended to."""
 
     def __init__(self, url: str, model: str, cache_dir: str | Path | None) -> None:
         name = hashlib.sha256(f"{url}\n{model}".encode()).hexdigest()[:16]
         self._file = cache_folder(cache_dir, "judge") / f"{name}.jsonl"
         self._lock = threading.Lock()
-        self.known: dict[str, str] = {}
+        self.verdicts: dict[str, str] = {}
         if self._file.exists():
-            self.known = dict(_kept(self._file.read_bytes().split(b"\n")))
+            kept = {key: parse(answer) for key, answer in _kept(self._file.read_bytes().split(b"\n"))}
+            self.verdicts = {key: verdict for key, verdict in kept.items() if verdict is not None}
 
-    def keep(self, key: str, answer: str) -> None:
+    def keep(self, key: str, answer: str, verdict: str) -> None:
         """Append one, whole or, where the machine dies, not at all as far as `_kept` can see."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         # The newline before ends a line that was torn; empty lines mean nothing.
@@ -195,7 +217,7 @@ class _Answers:
                 os.write(descriptor, line)
             finally:
                 os.close(descriptor)
-            self.known[key] = answer
+            self.verdicts[key] = verdict
 
 
 def _kept(lines: Iterable[bytes]) -> Iterable[tuple[str, str]]:
@@ -231,7 +253,7 @@ def load_template(prompt: str | Path) -> list[str]:
             field="--judge-prompt",
             mend=f"Name a file, or one of: {names}.",
         ) from None
-    pieces = re.split(r"\{(prompt|first|second)\}", text)
+    pieces = re.split(r"\{(prompt|first|second|fence)\}", text)
     if lacking := [name for name in _PLACEHOLDERS if name not in pieces[1::2]]:
         wanted = ", ".join(f"{{{name}}}" for name in lacking)
         raise InputError(f"there is no {wanted} in it", file=file, field="--judge-prompt")
@@ -246,8 +268,13 @@ def load_template(prompt: str | Path) -> list[str]:
 
 
 def fill(template: Sequence[str], prompt: str, first: str, second: str) -> str:
-    """A template of `load_template` with its texts put in; what looks like a placeholder in them stays."""
+    """A template of `load_template` with its texts put in; what looks like a placeholder in them stays.
+
+    `{fence}` is a digest of the three texts, which none of them can hold: a mark by which the template's own
+    headings are told from those that a reply makes up. The same question has the same, for the cache.
+    """
     values = {"prompt": prompt, "first": first, "second": second}
+    values["fence"] = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
     return "".join(
         values[piece].strip() if place % 2 else piece for place, piece in enumerate(template)
     ).strip()
@@ -292,11 +319,28 @@ def _check_url(url: str, field: str) -> None:
         )
 
 
-def _key(key_env: str | None) -> str:
-    key = os.environ.get(key_env or DEFAULT_KEY, "")
-    if key_env and not key:
+def _key(url: str, key_env: str | None) -> str:
+    """The key for this endpoint, or nothing: what is meant for OpenAI is sent to nobody else unasked."""
+    parts = urlsplit(url)
+    if key_env is None:
+        is_openai = parts.hostname == _OPENAI and parts.scheme == "https"
+        return os.environ.get(DEFAULT_KEY, "") if is_openai else ""
+    key = os.environ.get(key_env, "")
+    if not key:
         raise InputError(f"${key_env} is not set", field="--judge-key-env")
+    if parts.scheme != "https" and not _is_loopback(str(parts.hostname)):
+        message = (
+            f"the key in ${key_env} goes to {parts.hostname} over plain http, for all on the way to read"
+        )
+        warnings.warn(message, DpoKitWarning, stacklevel=4)
     return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _client(url: str, key: str, options: EndpointOptions) -> Any:

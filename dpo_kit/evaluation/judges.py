@@ -69,6 +69,10 @@ class Judge(ABC):
             progress: called now and then, by judges that take their time.
         """
 
+    def described(self) -> dict[str, Any]:
+        """What the verdicts come of, for the file that they are written to; holds no secret."""
+        return {"judge": self.name}
+
     def compare(
         self, prompts: Sequence[Any], firsts: Sequence[Reply], seconds: Sequence[Reply]
     ) -> list[float | None]:
@@ -111,8 +115,9 @@ class EndpointOptions:
     Attributes:
         model: the model's name there, where the spec does not say it.
         prompt: a file with {prompt}, {first} and {second}, or the name of one that is shipped (`helpfulness`,
-            `summary`).
-        key_env: the environment variable with the key; None for $OPENAI_API_KEY where it is set.
+            `summary`). {fence} in it becomes a mark that no reply can hold, see `endpoint.fill`.
+        key_env: the environment variable with the key, for any endpoint; None for $OPENAI_API_KEY, which goes
+            to https://api.openai.com alone, and no key for others.
         concurrency: most requests at a time.
         retries: of a request that met a limit, a server's error or no answer; with growing pauses, or those
             that the server asks for (Retry-After).

@@ -19,6 +19,8 @@ there is no saying. As `judges.Judge.compare`."""
 PRIOR = 0.1
 _TOLERANCE = 1e-10
 _MOST_ROUNDS = 100_000
+# Strengths that the iteration cannot tell apart are the same.
+_SAME = 1e-7
 
 
 def bradley_terry_strengths(wins: np.ndarray, prior: float = PRIOR) -> np.ndarray:
@@ -33,7 +35,7 @@ def bradley_terry_strengths(wins: np.ndarray, prior: float = PRIOR) -> np.ndarra
             finite strength.
 
     Returns:
-        [K] fp64, of mean 0.
+        [K] fp64, of mean 0. Those of equal strength are equal to the last digit.
 
     Raises:
         ValueError: wins that are not a square of numbers from 0, or no prior.
@@ -55,7 +57,17 @@ def bradley_terry_strengths(wins: np.ndarray, prior: float = PRIOR) -> np.ndarra
         strengths = new
         if moved < _TOLERANCE:
             break
-    return strengths
+    return _settled(strengths)
+
+
+def _settled(strengths: np.ndarray) -> np.ndarray:
+    """Neighbours closer than _SAME take their common mean."""
+    order = np.argsort(strengths)
+    group = np.cumsum(np.diff(strengths[order], prepend=strengths[order[0]]) > _SAME)
+    means = np.bincount(group, strengths[order]) / np.bincount(group)
+    found = np.empty_like(strengths)
+    found[order] = means[group]
+    return found
 
 
 def judged_scores(

@@ -148,8 +148,10 @@ def _no_reward_model(folder: Path, problem: str) -> InputError:
 
 
 def _template_settings(folder: Path) -> dict[str, Any]:
-    recipe = folder.parent / "recipe.yaml"
+    # RUN/model, or RUN/checkpoints/step-N.
+    run = folder.resolve().parent
+    recipe = (run.parent if run.name == "checkpoints" else run) / "recipe.yaml"
     if not recipe.is_file():
         return {}
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    return dict(content.get("data", {}).get("chat_template_kwargs") or {})
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    return dict((content.get("data") or {}).get("chat_template_kwargs") or {})

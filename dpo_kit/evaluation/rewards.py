@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,38 @@ def load_reward(spec: str, *, field: str = "eval.reward") -> Reward:
 
     Raises:
         InputError: what is named is not there or does not load. The reward itself raises InputError where
-            it comes to something other than a finite number.
+            it comes to something other than a finite number, or where its function fails.
     """
     for prefix, load in _KINDS.items():
         if spec.startswith(prefix):
-            return load(spec.removeprefix(prefix), field)
-    return _load_function(spec, field)
+            return CheckedReward(load(spec.removeprefix(prefix), field), spec, field)
+    return CheckedReward(_load_function(spec, field), spec, field)
+
+
+class CheckedReward:
+    """A reward whose values are finite numbers, or it raises InputError.
+
+    Attributes:
+        inner: the reward that is asked. Of a number it may give any kind: numpy's, a tensor of no dimension.
+        spec: what names it.
+    """
+
+    def __init__(self, inner: Callable[[Sequence[Any], Sequence[str]], Sequence[Any]], spec: str, field: str):
+        self.inner, self.spec, self._field = inner, spec, field
+
+    def __call__(self, prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
+        """See `Reward`."""
+        return [self._number(value, i) for i, value in enumerate(self.inner(prompts, replies), start=1)]
+
+    def _number(self, value: Any, place: int) -> float:
+        given = value
+        if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+            value = value.item()
+        # numpy's booleans are no Real; Python's are.
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            problem = f"the reward '{self.spec}' gave {given!r} to reply {place} and not a finite number"
+            raise InputError(problem, field=self._field)
+        return float(value)
 
 
 def text_of(prompt: Any, reply: str) -> str:
@@ -63,7 +90,7 @@ def _load_model(folder: str, field: str) -> Reward:
 _KINDS: dict[str, Callable[[str, str], Reward]] = {"classifier:": _load_classifier, "model:": _load_model}
 
 
-def _load_function(spec: str, field: str) -> Reward:
+def _load_function(spec: str, field: str) -> Callable[[Sequence[Any], Sequence[str]], list[Any]]:
     file, _, name = spec.rpartition(":")
     if not file or not name:
         raise InputError(
@@ -84,13 +111,14 @@ def _load_function(spec: str, field: str) -> Reward:
     if not callable(function):
         raise InputError(f"the file has no function '{name}'", file=path, field=field)
 
-    def reward(prompts: Sequence[Any], replies: Sequence[str]) -> list[float]:
+    def reward(prompts: Sequence[Any], replies: Sequence[str]) -> list[Any]:
         values = []
-        for prompt, reply in zip(prompts, replies, strict=True):
-            value = function(text_of(prompt, reply))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise InputError(f"'{name}' gave {value!r} and not a finite number", file=path, field=field)
-            values.append(float(value))
+        for place, (prompt, reply) in enumerate(zip(prompts, replies, strict=True), start=1):
+            try:
+                values.append(function(text_of(prompt, reply)))
+            except Exception as error:
+                problem = f"'{name}' fails at reply {place}: {error!r}"
+                raise InputError(problem, file=path, field=field) from error
         return values
 
     return reward

@@ -6,6 +6,7 @@ its lines, and a warning needs them to lie two standard errors apart.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ ACCURACY_SLACK = 0.02
 STRATA_APART = 0.15
 MOST = 0.5
 MIN_TRAINING_LINES = 10
-MIN_SAMPLES = 10
+MIN_PROMPTS = 10
 LOSSES = {
     "loss": "loss",
     "loss/policy_avg": "policy loss",
@@ -176,10 +177,17 @@ def _broken_loss(run: Run) -> str | None:
 
 
 def _worse_samples(run: Run) -> str | None:
-    """The true reward of the same prompts before and after, where it fell by more than chance explains."""
-    pairs = [(sample.get("reward_before"), sample.get("reward_after")) for sample in run.samples]
-    rises = np.array([b - a for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)])
-    if len(rises) < MIN_SAMPLES or not np.isfinite(rises).all():
+    """The true reward of the same prompts before and after, where it fell by more than chance explains.
+
+    Replies to one prompt fall together, so it is the mean fall of each prompt that is drawn independently.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for sample in run.samples:
+        before, after = sample.get("reward_before"), sample.get("reward_after")
+        if isinstance(before, int | float) and isinstance(after, int | float):
+            by_prompt.setdefault(json.dumps(sample.get("prompt")), []).append(after - before)
+    rises = np.array([sum(found) / len(found) for found in by_prompt.values()])
+    if len(rises) < MIN_PROMPTS or not np.isfinite(rises).all():
         return None
     noise = 2 * float(rises.std(ddof=1)) / len(rises) ** 0.5
     if rises.mean() >= -noise:
@@ -195,7 +203,7 @@ def _worse_samples(run: Run) -> str | None:
     )
     return (
         f"The samples got worse: their reward fell by {number(-float(rises.mean()))} ± {number(noise)} "
-        f"(two standard errors over {len(rises)} replies){learned}. Read them; try a stronger pull to the "
+        f"(two standard errors over {len(rises)} prompts){learned}. Read them; try a stronger pull to the "
         "reference, fewer steps, or a lower learning rate."
     )
 
