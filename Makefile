@@ -30,8 +30,9 @@ frontier: RECIPE = recipes/sentiment-small.yaml
 frontier: $(READY)
 	$(BIN)/dpo-kit frontier $(RECIPE) $(if $(QUICK),--quick) $(ARGS)
 
+# A process for each core, with a thread each: most tests are too small to share one over threads.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -83,7 +83,7 @@ def logps(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: beside the model.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     max_length: Annotated[int | None, typer.Option(help="Leave out longer pairs; default: none.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of one forward pass.")] = 4096,
 ) -> None:

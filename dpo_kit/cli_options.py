@@ -7,7 +7,7 @@ import inspect
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
@@ -37,19 +37,23 @@ _OPTIONS = {
 
 
 @contextlib.contextmanager
-def naming_options() -> Iterator[None]:
-    """Within it, an `InputError` names the option of the command line in place of a recipe's field."""
+def naming_options(own: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Within it, an `InputError` names the option of the command line in place of a recipe's field.
+
+    `own` are fields that the command calls otherwise than others do, or has alone.
+    """
+    options = _OPTIONS | dict(own or {})
     try:
         yield
     except InputError as error:
-        if error.field not in _OPTIONS:
+        if error.field not in options:
             raise
         mend = error.mend
-        for field in sorted(_OPTIONS, key=len, reverse=True):
+        for field in sorted(options, key=len, reverse=True):
             if mend and "." in field:
-                mend = mend.replace(field, _OPTIONS[field])
+                mend = mend.replace(field, options[field])
         raise InputError(
-            error.problem, file=error.file, line=error.line, field=_OPTIONS[error.field], mend=mend
+            error.problem, file=error.file, line=error.line, field=options[error.field], mend=mend
         ) from error
 
 

@@ -21,6 +21,16 @@ from dpo_kit.cli_options import (
     take_any_text,
     with_load_options,
 )
+from dpo_kit.evaluation_cli import (
+    JudgeConcurrency,
+    JudgeKeyEnv,
+    JudgeModel,
+    JudgePrompt,
+    JudgeRetries,
+    JudgeSetting,
+    JudgeTimeout,
+    endpoint_options,
+)
 from dpo_kit.pairs.options import LoadOptions
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data, convert, split and build it.")
@@ -183,11 +193,21 @@ def build(
     ] = None,
     shape: Annotated[str, typer.Option(help="pairs, or ranked lists: lists.")] = "pairs",
     labels: Annotated[
-        str, typer.Option(help="best: the better reply is chosen; bradley_terry: drawn by the scores.")
+        str,
+        typer.Option(
+            help="best: the better reply is chosen; bradley_terry: drawn by the scores. Ties are left out."
+        ),
     ] = "best",
     pairs: Annotated[str, typer.Option(help="all, best_worst, adjacent or random:k.")] = "all",
     min_margin: Annotated[float | None, typer.Option(help="Leave out pairs whose scores lie closer.")] = None,
     seed: Annotated[int, typer.Option(help="Of labels and of random:k.")] = 0,
+    judge_model: JudgeModel = None,
+    judge_prompt: JudgePrompt = "helpfulness",
+    judge_key_env: JudgeKeyEnv = None,
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_retries: JudgeRetries = 6,
+    judge_timeout: JudgeTimeout = 120.0,
+    judge_setting: JudgeSetting = None,
     as_json: Json = False,
 ) -> None:
     """Candidates and a reward, or a judge -> pairs with margins, or ranked lists with scores."""
@@ -205,7 +225,16 @@ def build(
         else:
             from dpo_kit.evaluation.judges import load_judge
 
-            score = by_judge(load_judge(str(judge)).compare)
+            endpoint = endpoint_options(
+                judge_model,
+                judge_prompt,
+                judge_key_env,
+                judge_concurrency,
+                judge_retries,
+                judge_timeout,
+                judge_setting,
+            )
+            score = by_judge(load_judge(str(judge), endpoint).compare)
         with _ending_cleanly():
             account = build_file(sources, out, score, labelling)
     if as_json:

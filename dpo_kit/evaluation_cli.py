@@ -8,15 +8,77 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpo_kit.cli_options import Json, print_json, say, with_load_options
+from dpo_kit.cli_options import Json, naming_options, print_json, say, with_load_options
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.options import LoadOptions
 
+if TYPE_CHECKING:
+    from dpo_kit.evaluation.judges import EndpointOptions
+
 _JUDGES, _SAMPLING = "Judges behind an endpoint", "How replies are sampled"
+
+# The options of `endpoint_options`, for every command that asks a judge.
+JudgeModel = Annotated[
+    str | None, typer.Option(help="Model's name, where the URL has none.", rich_help_panel=_JUDGES)
+]
+JudgePrompt = Annotated[
+    str,
+    typer.Option(
+        help="File with {prompt}, {first}, {second} (and {fence}); or helpfulness, summary.",
+        rich_help_panel=_JUDGES,
+    ),
+]
+JudgeKeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        help="Variable with the key; default: $OPENAI_API_KEY for api.openai.com, none for others.",
+        rich_help_panel=_JUDGES,
+    ),
+]
+JudgeConcurrency = Annotated[int, typer.Option(help="Requests at a time.", rich_help_panel=_JUDGES)]
+JudgeRetries = Annotated[int, typer.Option(help="Of one request.", rich_help_panel=_JUDGES)]
+JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one answer.", rich_help_panel=_JUDGES)]
+JudgeSetting = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="name=JSON of a request, e.g. max_tokens=null max_completion_tokens=4000.",
+        rich_help_panel=_JUDGES,
+    ),
+]
+_FIELDS = {
+    "eval.prompts": "--prompts",
+    "eval.samples": "--samples",
+    "eval.max_new_tokens": "--max-new-tokens",
+    "data.train": "--data",
+    "model": "MODEL",
+    "model.path": "MODEL",
+    "data.chat_template_kwargs": "--chat-template-kwargs",
+}
+
+
+def endpoint_options(
+    model: str | None,
+    prompt: str,
+    key_env: str | None,
+    concurrency: int,
+    retries: int,
+    timeout: float,
+    setting: Sequence[str] | None,
+) -> EndpointOptions:
+    """From the values of the options of the same names.
+
+    Raises:
+        InputError: a setting that is no name=JSON.
+    """
+    from dpo_kit.evaluation.judges import EndpointOptions
+
+    return EndpointOptions(
+        model, prompt, key_env, concurrency, retries, timeout, settings=_settings(setting or [])
+    )
 
 
 @with_load_options(invalid="drop", without=("seed",))
@@ -48,9 +110,9 @@ def evaluate(
     agreement: Annotated[
         bool, typer.Option("--agreement", help="Judge the data's pairs too, and compare with their labels.")
     ] = False,
-    beta: Annotated[float, typer.Option(help="Of the implicit reward.")] = 0.1,
+    beta: Annotated[float | None, typer.Option(help="Of the implicit reward; default: 0.1.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for eval.json, samples.jsonl and comparisons.jsonl.")
+        Path | None, typer.Option(help="Folder for eval.json, eval-samples.jsonl and comparisons.jsonl.")
     ] = None,
     as_json: Json = False,
     temperature: Annotated[
@@ -60,6 +122,7 @@ def evaluate(
     reference_temperature: Annotated[
         float | None, typer.Option(help="Of the reference's; default: the same.", rich_help_panel=_SAMPLING)
     ] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling below 1.", rich_help_panel=_SAMPLING)] = 1.0,
     samples: Annotated[
         int, typer.Option(help="Replies to each prompt; 0: none.", rich_help_panel=_SAMPLING)
     ] = 1,
@@ -69,52 +132,36 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Of the samples, and of --pairs random:k.", rich_help_panel=_SAMPLING)
     ] = 0,
-    judge_model: Annotated[
-        str | None, typer.Option(help="Model's name, where the URL has none.", rich_help_panel=_JUDGES)
-    ] = None,
-    judge_prompt: Annotated[
-        str,
-        typer.Option(
-            help="File with {prompt}, {first} and {second}; or helpfulness, summary.", rich_help_panel=_JUDGES
-        ),
-    ] = "helpfulness",
-    judge_key_env: Annotated[
-        str | None,
-        typer.Option(help="Variable with the key; default: $OPENAI_API_KEY.", rich_help_panel=_JUDGES),
-    ] = None,
-    judge_concurrency: Annotated[int, typer.Option(help="Requests at a time.", rich_help_panel=_JUDGES)] = 8,
-    judge_retries: Annotated[int, typer.Option(help="Of one request.", rich_help_panel=_JUDGES)] = 6,
-    judge_timeout: Annotated[
-        float, typer.Option(help="Seconds for one answer.", rich_help_panel=_JUDGES)
-    ] = 120.0,
-    judge_setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="name=JSON of a request, e.g. max_tokens=null max_completion_tokens=4000.",
-            rich_help_panel=_JUDGES,
-        ),
-    ] = None,
+    judge_model: JudgeModel = None,
+    judge_prompt: JudgePrompt = "helpfulness",
+    judge_key_env: JudgeKeyEnv = None,
+    judge_concurrency: JudgeConcurrency = 8,
+    judge_retries: JudgeRetries = 6,
+    judge_timeout: JudgeTimeout = 120.0,
+    judge_setting: JudgeSetting = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: beside the model.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="JSON object for the chat template of prompts that are messages.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(help="Leave out longer pairs; default: none.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of one forward pass over pairs.")] = 4096,
 ) -> None:
     """Accuracy, margins and loss on pairs; reward, KL and win rates of samples; agreement of judges."""
-    from dpo_kit.evaluation.judges import EndpointOptions
     from dpo_kit.model_evaluation import EvalRequest, evaluate_model
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("this is a file", file=out, field="--out", mend="Name a folder.")
-    endpoint = EndpointOptions(
-        model=judge_model,
-        prompt=judge_prompt,
-        key_env=judge_key_env,
-        concurrency=judge_concurrency,
-        retries=judge_retries,
-        timeout=judge_timeout,
-        settings=_settings(judge_setting or []),
+    endpoint = endpoint_options(
+        judge_model,
+        judge_prompt,
+        judge_key_env,
+        judge_concurrency,
+        judge_retries,
+        judge_timeout,
+        judge_setting,
     )
     request = EvalRequest(
         model=model,
@@ -129,6 +176,7 @@ def evaluate(
         agreement=agreement,
         temperatures=tuple(temperature or (1.0,)),
         reference_temperature=reference_temperature,
+        top_p=top_p,
         samples=samples,
         max_prompts=max_prompts,
         max_new_tokens=max_new_tokens,
@@ -137,10 +185,11 @@ def evaluate(
         beta=beta,
         tokenizer=tokenizer,
         dtype=dtype,
+        chat_template_kwargs=_template_settings(chat_template_kwargs),
         max_length=max_length,
         tokens=tokens,
     )
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), naming_options(_FIELDS):
         found = evaluate_model(request, say=_quiet if as_json else say)
     if out is not None:
         found.write(out)
@@ -150,6 +199,17 @@ def evaluate(
     _show(found.figures)
     if out is not None:
         say(f"written: {out}")
+
+
+def _template_settings(given: str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(given or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        mend = """As in '{"enable_thinking": false}'"""
+        raise InputError("expected a JSON object", field="--chat-template-kwargs", mend=mend)
+    return found
 
 
 def _settings(given: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 def read_lines(path: Path) -> list[Any]:
     """The rows of a file; empty lines are none."""
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[Any]:
+    """`read_lines`, one row at a time."""
     # A text's own line separators (U+2028) end no line, as they would for `splitlines`.
     with open(path, encoding="utf-8", newline="\n") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        yield from (json.loads(line) for line in file if line.strip())

@@ -1,6 +1,7 @@
 """Replies to prompts + a reward or a judge -> pairs, or ranked lists with scores (`dpo-kit data build`).
 
-Which pairs a list gives, and what becomes of ties, is `pairs.choosing`'s, as for lists that are loaded.
+Which pairs a list gives is `pairs.choosing`'s, as for lists that are loaded. Pairs of equal scores are left
+out and counted, however labels are given.
 """
 
 from __future__ import annotations
@@ -39,14 +40,10 @@ class Candidates:
     place: Place
 
 
-Score = Callable[[Sequence[Candidates]], list[list[float]]]
-"""Prompts with their replies, many at once -> of each the score of each reply; higher is better."""
-
-
 def by_reward(reward: Reward) -> Score:
     """Scores are rewards."""
 
-    def score(lists: Sequence[Candidates]) -> list[list[float]]:
+    def score(lists: Sequence[Candidates], account: Account) -> list[list[float]]:
         flat = [(each.prompt, reply) for each in lists for reply in each.replies]
         values = iter(reward([prompt for prompt, _ in flat], [reply for _, reply in flat]))
         return [list(islice(values, len(each.replies))) for each in lists]
@@ -56,9 +53,16 @@ def by_reward(reward: Reward) -> Score:
 
 def by_judge(compare: Compare) -> Score:
     """Scores are the Bradley-Terry strengths that all comparisons of a prompt's replies come to."""
-    return lambda lists: judged_scores(
-        [each.prompt for each in lists], [each.replies for each in lists], compare
-    )
+
+    def score(lists: Sequence[Candidates], account: Account) -> list[list[float]]:
+        def counted(*asked: Sequence[Any]) -> Sequence[float | None]:
+            preferences = compare(*asked)
+            account.no_verdict += sum(preference is None for preference in preferences)
+            return preferences
+
+        return judged_scores([each.prompt for each in lists], [each.replies for each in lists], counted)
+
+    return score
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Labelling:
     Attributes:
         shape: pairs, or ranked lists.
         labels: of pairs: the better reply is chosen; or, by Bradley-Terry, either, the better one with
-            probability sigmoid(difference of scores).
+            probability sigmoid(difference of scores). Either way a tie gives no pair.
         pairs: all, best_worst, adjacent or random:k, as `LoadOptions.pairs`.
         min_margin: pairs whose scores lie closer are left out, counted.
         seed: of labels and of random:k, each together with the prompt.
@@ -111,6 +115,7 @@ class Account:
         rows: that were made.
         left_out: by kind (`schema.KINDS`): pairs that tie, pairs of two equal replies, lists of fewer than
             two different replies, ...
+        no_verdict: comparisons that a judge came to nothing about; they do not count.
         total: of the scores.
     """
 
@@ -120,6 +125,7 @@ class Account:
     equal: int = 0
     rows: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    no_verdict: int = 0
     total: float = 0.0
 
     @property
@@ -134,14 +140,20 @@ class Account:
         parts += [f"{self.empty:,} empty replies"] if self.empty else []
         parts += [f"{self.equal:,} replies the same as another to their prompt"] if self.equal else []
         parts += [f"left out {count:,}: {KINDS[kind].message}" for kind, count in self.left_out.items()]
+        parts += [f"{self.no_verdict:,} comparisons without a verdict"] if self.no_verdict else []
         parts += [] if self.mean is None else [f"mean score {self.mean:.4g}"]
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("prompts", "replies", "empty", "equal", "rows")
+        names = ("prompts", "replies", "empty", "equal", "rows", "no_verdict")
         found: dict[str, Any] = {name: getattr(self, name) for name in names}
         return found | {"left_out": dict(self.left_out), "mean_score": self.mean}
+
+
+Score = Callable[[Sequence[Candidates], Account], list[list[float]]]
+"""Prompts with their replies, many at once -> of each the score of each reply; higher is better. The account
+is told of what a judge came to nothing about."""
 
 
 def labelled(
@@ -158,7 +170,7 @@ def labelled(
     waiting = iter(lists)
     while batch := list(islice(waiting, _LISTS_AT_ONCE)):
         filled = [_filled(each, account) for each in batch]
-        for each, scores in zip(filled, score(filled), strict=True):
+        for each, scores in zip(filled, score(filled, account), strict=True):
             account.total += sum(scores)
             yield from _rows(each, scores, labelling, account)
 

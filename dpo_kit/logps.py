@@ -12,13 +12,12 @@ import torch
 
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import score_pairs
+from dpo_kit.evaluation.request import DTYPES
 from dpo_kit.models import check_length, load_model
 from dpo_kit.pairs import LoadOptions, load_with_report
 from dpo_kit.pairs.kinds import PAIRS, kind_of_columns
 from dpo_kit.tokenization import longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
-
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def write_logps(
@@ -49,8 +48,8 @@ def write_logps(
     Raises:
         InputError: wrong data, model or options.
     """
-    if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype '{dtype}'", field="--dtype", mend=f"Known: {', '.join(_DTYPES)}.")
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'", field="--dtype", mend=f"Known: {', '.join(DTYPES)}.")
     if token_budget < 1:
         raise InputError(f"expected 1 or more, got {token_budget}", field="--tokens")
     if out.is_dir():

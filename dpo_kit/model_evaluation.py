@@ -8,7 +8,9 @@ and with each other.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -18,7 +20,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from dpo_kit.errors import InputError
+from dpo_kit import __version__
+from dpo_kit.errors import DpoKitError, InputError
 from dpo_kit.evaluation import load_prompts, load_reward, sample_replies, score_pairs, sequence_kl
 from dpo_kit.evaluation.agreement import agreement
 from dpo_kit.evaluation.judges import Judge, Reply, Verdict, load_judge, reply_text
@@ -58,9 +61,9 @@ class Evaluated:
     comparisons: list[Row]
 
     def write(self, folder: Path) -> None:
-        """eval.json, samples.jsonl and comparisons.jsonl."""
+        """eval.json, eval-samples.jsonl and comparisons.jsonl: names that no file of a run's folder has."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("samples.jsonl", self.samples), ("comparisons.jsonl", self.comparisons)):
+        for name, rows in (("eval-samples.jsonl", self.samples), ("comparisons.jsonl", self.comparisons)):
             write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         write_text(folder / "eval.json", json.dumps(self.figures, indent=2, ensure_ascii=False) + "\n")
 
@@ -73,7 +76,8 @@ def evaluate_model(request: EvalRequest, say: Say = print) -> Evaluated:
         say: gets lines of progress.
 
     Returns:
-        Figures, as far as they were asked for:
+        Figures: `made_with`, the settings, prompts and judges that they come of; and, as far as they were
+        asked for:
         - `pairs`: see `pair_figures`;
         - `samples`, a row for each model and temperature: replies, the share finished before the limit of
           tokens, reply_tokens, reward, kl (nats);
@@ -84,6 +88,7 @@ def evaluate_model(request: EvalRequest, say: Say = print) -> Evaluated:
     Raises:
         InputError: a request that contradicts itself, or wrong data, model, reward or judge.
         JudgeError: an endpoint that does not answer; what it answered is kept for the next time.
+        DpoKitError: a figure that is not finite, as of a model with broken weights.
     """
     request.check()
     return _Evaluation(request, say).run()
@@ -146,9 +151,10 @@ class _Evaluation:
         request = self.request
         figures: Row = {"model": request.model, "reference": request.reference, "data": list(request.data)}
         prompts, chosen = self._prompts() if request.draws else ([], None)
-        models = {"policy": self._load(request.model)}
+        figures["made_with"] = self._made_with(prompts)
+        models = {"policy": self._load(request.model, "MODEL")}
         if request.reference is not None:
-            models["reference"] = self._load(request.reference)
+            models["reference"] = self._load(request.reference, "--reference")
             self._check_reference(models, request.reference)
         if self.rows is not None:
             figures["pairs"] = self._pairs(self.rows, models)
@@ -156,7 +162,19 @@ class _Evaluation:
             figures["agreement"] = self._agreement()
         if request.draws:
             figures |= self._drawn(models, prompts, chosen)
+        _require_finite(figures)
         return Evaluated(figures, self.samples, self.comparisons)
+
+    def _made_with(self, prompts: list[Prompt]) -> Row:
+        """What another run needs to come to the same figures."""
+        sampled_on = {
+            "source": None if self.request.prompts is None else str(self.request.prompts),
+            "n": len(prompts),
+            "sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        }
+        found: Row = {"dpo_kit": __version__, **self.request.described()}
+        found["prompts"] = sampled_on if prompts else None
+        return found | {"judges": [judge.described() for judge in self.judges]}
 
     def _load_rows(self) -> Dataset:
         rows, report = load_with_report(list(self.request.data), self.request.load)
@@ -169,8 +187,11 @@ class _Evaluation:
             )
         return rows
 
-    def _load(self, source: str) -> Any:
-        model: Any = load_model(source, getattr(torch, self.request.dtype))
+    def _load(self, source: str, field: str) -> Any:
+        try:
+            model: Any = load_model(source, getattr(torch, self.request.dtype))
+        except InputError as error:
+            raise InputError(error.problem, file=error.file, field=field, mend=error.mend) from error
         return model.cuda() if torch.cuda.is_available() else model
 
     def _check_reference(self, models: dict[str, Any], reference: str) -> None:
@@ -187,7 +208,12 @@ class _Evaluation:
             raise InputError(problem, file=reference, field="--reference")
 
     def _pairs(self, rows: Dataset, models: dict[str, Any]) -> Row:
-        tokenized = tokenize_pairs(rows, self.tokenizer, max_length=self.request.max_length)
+        tokenized = tokenize_pairs(
+            rows,
+            self.tokenizer,
+            max_length=self.request.max_length,
+            chat_template_kwargs=self.request.chat_template_kwargs,
+        )
         for line in tokenized.account():
             self.say(line)
         data = tokenized.dataset
@@ -202,7 +228,9 @@ class _Evaluation:
         if "weight" in data.column_names:
             weights = [1.0 if w is None else w for w in data["weight"]]
         prompts = len(set(map(tuple, data["prompt_ids"])))
-        return pair_figures(scores["policy"], scores.get("reference"), self.request.beta, weights, prompts)
+        return pair_figures(
+            scores["policy"], scores.get("reference"), self.request.beta_or_default, weights, prompts
+        )
 
     def _prompts(self) -> tuple[list[Prompt], list[Reply] | None]:
         """What is sampled on, and the chosen reply to each where the prompts are the data's."""
@@ -214,7 +242,7 @@ class _Evaluation:
         for row in self.rows:
             if row.get("tools") or row.get("chat_template_kwargs"):
                 raise InputError(
-                    f"{row['source']} has tools or chat_template_kwargs, and samples are drawn without",
+                    f"{row['source']} has its own tools or chat_template_kwargs; samples are drawn without",
                     field="--data",
                     mend="Give --samples 0, or prompts without them with --prompts.",
                 )
@@ -230,7 +258,7 @@ class _Evaluation:
         request, found = self.request, []
         if len(prompts) == request.max_prompts:
             self.say(f"of the prompts the first {len(prompts)} (--max-prompts)")
-        encoded, _ = encode_prompts(prompts, self.tokenizer)
+        encoded, _ = encode_prompts(prompts, self.tokenizer, request.chat_template_kwargs)
         longest = max(map(len, encoded)) + request.max_new_tokens
         for model in models.values():
             check_length(model, request.max_new_tokens, longest, field="--max-new-tokens")
@@ -283,14 +311,17 @@ class _Evaluation:
             samples=request.samples,
             max_new_tokens=request.max_new_tokens,
             temperature=temperature,
+            top_p=request.top_p,
             batch_size=request.batch_size,
             seed=request.seed,
+            chat_template_kwargs=request.chat_template_kwargs,
         )
         rewards = (
             self.reward([s.prompt for s in samples], [s.reply for s in samples]) if self.reward else None
         )
         # Along replies drawn otherwise the sum is no KL of the policy as it is.
-        has_kl = name == "policy" and temperature == 1 and "reference" in models
+        as_it_is = temperature == request.top_p == 1
+        has_kl = name == "policy" and as_it_is and "reference" in models
         kls = sequence_kl(models[name], models["reference"], samples).tolist() if has_kl else None
         return Measured(samples, rewards, kls)
 
@@ -338,6 +369,15 @@ class _Evaluation:
             | (_position(said[b]) if a == "labels" else {})
             for a, b in combinations(said, 2)
         ]
+
+
+def _require_finite(value: Any, place: str = "") -> None:
+    """Raise at the first number that is none: JSON has no word for it, and a mean of it says nothing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DpoKitError(f"{place} is {value}: are the weights finite, and is --dtype wide enough?")
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        _require_finite(part, f"{place}.{key}" if place else str(key))
 
 
 def _means(measured: Measured) -> Row:

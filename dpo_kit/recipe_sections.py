@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from typing import Annotated, Any, Literal
 
@@ -155,7 +156,10 @@ class RewardModelSection(Section):
 
 
 class PpoSection(Section):
-    """PPO through TRL, on the prompts of the pairs (`dpo-kit ppo`)."""
+    """PPO through TRL, on the prompts of the pairs (`dpo-kit ppo`).
+
+    RLOO, a method of the comparison, reads `output_dir`, `reward` and `settings` of it.
+    """
 
     output_dir: str | None = Field(None, description="run folder; default: that of train, with -ppo")
     reward: str = Field(
@@ -172,7 +176,10 @@ class PpoSection(Section):
     target_kl: float | None = Field(
         None, gt=0, description="sequence KL that an adaptive kl_coef steers to; null: kl_coef stays"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="fields of TRL's PPOConfig")
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of TRL's PPOConfig; for RLOO those of its RLOOConfig",
+    )
 
 
 class BestOfNSection(Section):
@@ -191,10 +198,10 @@ class MethodSection(Section):
     command: Literal["train", "ppo", "rloo", "best_of_n"] = "train"
     label: str = Field(description="its name in pictures and tables")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted keys of the recipe -> values")
-    sweep: dict[str, list[Any]] = Field(
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="a dotted key -> the values it takes in turn"
     )
-    seeds: list[int] = Field(default_factory=lambda: [0], description="train.seed of its runs")
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="train.seed of its runs")
 
 
 class FrontierSection(Section):
@@ -202,13 +209,27 @@ class FrontierSection(Section):
 
     output_dir: str | None = Field(None, description="folder; default: that of train, with -frontier")
     methods: dict[str, MethodSection] = Field(min_length=1)
-    kl_levels: list[float] = Field(
-        default_factory=lambda: [2.0, 5.0, 10.0, 15.0], description="at which rewards are compared, nats"
+    kl_levels: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: [2.0, 5.0, 10.0, 15.0],
+        min_length=1,
+        description="at which rewards are compared, nats",
     )
     workers: int | None = Field(
         None, ge=1, description="runs at once, a share of the cores each; default: half the cores, or 2"
     )
     quick: dict[str, Any] = Field(default_factory=dict, description="dotted keys -> values of the quick form")
+
+    @field_validator("methods")
+    @classmethod
+    def _keys_name_folders(cls, methods: dict[str, MethodSection]) -> dict[str, MethodSection]:
+        """A method's key begins the names of its runs' folders, and stands in tables beside shared work."""
+        shared = ("sft", "candidates", "reward_model", "reference")
+        for name in methods:
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+                raise ValueError(f"{name!r} is no key of a method: letters, digits, _ . - and no other sign")
+            if name in shared:
+                raise ValueError(f"'{name}' is what the tables call shared work: name the method otherwise")
+        return methods
 
 
 class ReportSection(Section):

@@ -6,6 +6,7 @@ report.html plots/, and sft/ where the policy was made from a corpus
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -122,7 +123,9 @@ def finished_run(folder: Path, resolved: dict[str, Any], say: Say) -> RunResult 
     if not is_finished(folder, resolved):
         return None
     say(f"the run in {folder} is finished")
-    return RunResult(folder, json.loads((folder / "summary.json").read_text()), folder / "report.html")
+    page = folder / "report.html"
+    summary = json.loads((folder / "summary.json").read_text())
+    return RunResult(folder, summary, page if page.exists() else None)
 
 
 def write_origin(
@@ -316,7 +319,7 @@ def _track(
 ) -> SampleTracker:
     return SampleTracker(
         samples,
-        policy=lambda: trainer.accelerator.unwrap_model(trainer.model),
+        policy=lambda: plain_policy(trainer),
         tokenizer=tokenizer,
         load_reference=lambda: load_start(recipe)[0].to(trainer.args.device).eval(),  # type: ignore[arg-type]
         folder=folder,
@@ -325,6 +328,20 @@ def _track(
         pause=trainer.clock_stopped,
         say=say,
     )
+
+
+def plain_policy(trainer: Any) -> Any:
+    """A trainer's policy as it is saved: without wrappers, and in the precision of its weights.
+
+    In bf16 the same weights give other figures than a reference in fp32. accelerate puts autocast into the
+    model, and `unwrap_model` takes it away for good, from training too: hence another object on the weights.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if "_original_forward" not in vars(model):
+        return model
+    plain = copy.copy(model)
+    plain.forward = vars(plain).pop("_original_forward")
+    return plain
 
 
 def _cost(trainer: PreferenceTrainer) -> dict[str, float]:

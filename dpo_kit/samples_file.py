@@ -7,16 +7,18 @@ were made by.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,13 +27,16 @@ from dpo_kit.encoding import require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation.sampling import encode_prompts, sample_replies
 from dpo_kit.fingerprint import model_key
+from dpo_kit.json_lines import each_line, json_line
 from dpo_kit.models import check_length, load_model
+from dpo_kit.pairs.writing import require_not_source
 from dpo_kit.run_folder import write_text
-from dpo_kit.texts import Prompt, identity, read_prompts
+from dpo_kit.texts import Prompt, identity, is_text_file, read_prompts
 from dpo_kit.tokenizer import load_tokenizer
 
 Say = Callable[[str], None]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+ENDINGS = (".jsonl", ".ndjson")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -78,9 +83,9 @@ def sample_prompts(
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}'", field="--dtype", mend=f"Known: {', '.join(DTYPES)}.")
-    if out.is_dir() or not out.parent.is_dir():
-        problem = "this is a folder" if out.is_dir() else "its folder is not there"
-        raise InputError(problem, file=out, field="--out", mend="Name a file in a folder that is there.")
+    if sampling.top_p <= 0:
+        raise InputError("no token is within it", field="--top-p", mend="Give more than 0; 1 is all tokens.")
+    _check_out(out, sources)
     distinct: dict[str, Prompt] = {}
     read = 0
     for prompt in read_prompts(sources, field="PROMPTS"):
@@ -95,6 +100,17 @@ def sample_prompts(
     policy = load_model(model, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
     own = load_tokenizer(tokenizer or model)
     return sample_to_file(policy, own, list(distinct.values()), out, sampling, say=say)
+
+
+def _check_out(out: Path, sources: Sequence[str]) -> None:
+    if out.is_dir() or not out.parent.is_dir():
+        problem = "this is a folder" if out.is_dir() else "its folder is not there"
+        raise InputError(problem, file=out, field="--out", mend="Name a file in a folder that is there.")
+    if out.suffix.lower() not in ENDINGS:
+        mend = f"End it in {' or '.join(ENDINGS)}; `dpo-kit data build` packs what it makes of it."
+        raise InputError("what is written are plain lines of JSON", file=out, field="--out", mend=mend)
+    if rows := [source for source in sources if not is_text_file(source)]:
+        require_not_source(rows, out)
 
 
 def sample_to_file(
@@ -126,8 +142,8 @@ def sample_to_file(
         out), unfinished (replies cut at max_new_tokens), seconds (of sampling, all calls together).
 
     Raises:
-        InputError: there is a file of another model, other prompts or settings; the model has not so many
-            positions; several greedy samples of a prompt.
+        InputError: there is a file of another model, other prompts or settings, or another process writes
+            it; the model has not so many positions; several greedy samples of a prompt.
     """
     require_eos(tokenizer)
     if sampling.temperature == 0 and sampling.samples > 1:
@@ -137,17 +153,51 @@ def sample_to_file(
     check_length(model, sampling.max_new_tokens, longest, field="max_new_tokens")
     made_by = {"model": model_key(model), "prompts": digest, "device": model.device.type, **asdict(sampling)}
     writing = out.with_name(f"{out.name}.writing")
-    meta = _open(out, writing, made_by)
-    if not out.exists():
-        batch = partial(_batch, model, tokenizer, sampling, chat_template_kwargs)
-        _write_rest(out, writing, prompts, sampling.batch_size, batch, meta, say)
-        os.replace(writing, out)
+    with _alone(out, writing) as file:
+        meta = _open(out, writing, made_by)
+        if file is not None:
+            batch = partial(_batch, model, tokenizer, sampling, chat_template_kwargs)
+            _write_rest(out, file, prompts, sampling.batch_size, batch, meta, say)
+            _require_whole(writing, prompts)
+            os.replace(writing, out)
     return _figures(out, lengths, sampling.samples, meta["seconds"])
+
+
+@contextlib.contextmanager
+def _alone(out: Path, writing: Path) -> Iterator[BinaryIO | None]:
+    """FILE.writing, to be added to by this process alone; None where the file is whole already."""
+    if out.exists():
+        yield None
+        return
+    with open(writing, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "another process is sampling into this file", file=out, mend="Wait for it, or name another."
+            ) from None
+        except OSError:  # a file system without locks: what was written is looked at before it is renamed
+            pass
+        if out.exists():  # whole in the meantime
+            writing.unlink(missing_ok=True)
+            yield None
+        else:
+            yield file
+
+
+def _require_whole(writing: Path, prompts: Sequence[Prompt]) -> None:
+    rows = each_line(writing)
+    if not all(row is not None and row["prompt"] == prompt for row, prompt in zip_longest(rows, prompts)):
+        raise InputError(
+            "the lines are not those of the prompts: something else has written here",
+            file=writing,
+            mend="Remove it to begin anew.",
+        )
 
 
 def _write_rest(
     out: Path,
-    writing: Path,
+    file: BinaryIO,
     prompts: Sequence[Prompt],
     batch_size: int,
     batch: Callable[[Sequence[Prompt], int], bytes],
@@ -155,23 +205,22 @@ def _write_rest(
     say: Say,
 ) -> None:
     """Add the batches that the file lacks, and to the account the seconds that each takes."""
-    done = _keep_whole_batches(writing, len(prompts), batch_size)
+    done = _keep_whole_batches(file, len(prompts), batch_size)
     if done:
         say(f"going on after {done:,} of {len(prompts):,} prompts")
     said = time.monotonic()
-    with open(writing, "ab") as file:
-        for first in range(done, len(prompts), batch_size):
-            begun = time.monotonic()
-            part = prompts[first : first + batch_size]
-            file.write(batch(part, first))
-            file.flush()
-            now = time.monotonic()
-            meta["seconds"] += now - begun
-            write_text(_meta_of(out), json.dumps(meta))
-            if now - said > _SECONDS_BETWEEN_LINES:
-                said = now
-                say(f"sampled replies to {first + len(part):,} of {len(prompts):,} prompts")
-        os.fsync(file.fileno())
+    for first in range(done, len(prompts), batch_size):
+        begun = time.monotonic()
+        part = prompts[first : first + batch_size]
+        file.write(batch(part, first))
+        file.flush()
+        now = time.monotonic()
+        meta["seconds"] += now - begun
+        write_text(_meta_of(out), json.dumps(meta))
+        if now - said > _SECONDS_BETWEEN_LINES:
+            said = now
+            say(f"sampled replies to {first + len(part):,} of {len(prompts):,} prompts")
+    os.fsync(file.fileno())
 
 
 def _batch(
@@ -191,8 +240,8 @@ def _batch(
         line: dict[str, Any] = {"prompt": prompt, "completions": [sample.reply for sample in own]}
         line["tokens"] = [len(sample.reply_ids) for sample in own]
         line["finished"] = [sample.finished for sample in own]
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
+        lines.append(json_line(line))
+    return "".join(lines).encode(errors="backslashreplace")
 
 
 def batch_seed(seed: int, first: int) -> int:
@@ -222,55 +271,65 @@ def _meta_of(out: Path) -> Path:
 
 def _open(out: Path, writing: Path, made_by: dict[str, Any]) -> dict[str, Any]:
     """What is known of the file that is there, if it is made by the same; else a new account."""
-    found = next((path for path in (out, writing) if path.exists()), None)
-    if found is None:
+    found = out if out.exists() else writing
+    meta = _known(out)
+    other = [name for name in made_by if meta and meta["made_by"].get(name) != made_by[name]]
+    if not found.stat().st_size and (meta is None or other):
         meta = {"made_by": made_by, "seconds": 0.0}
         write_text(_meta_of(out), json.dumps(meta))
         return meta
-    try:
-        meta = json.loads(_meta_of(out).read_text(encoding="utf-8"))
-        before = dict(meta["made_by"])
-        float(meta["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
+    if meta is None:
         raise InputError(
             "there is a file already, and nothing says what it was made by",
             file=found,
             mend="Remove it, or name another file.",
-        ) from None
-    other = [name for name in made_by if before.get(name) != made_by[name]]
+        )
     if other:
         said = {"model": "another model", "prompts": "other prompts (or another tokenizer)"}
         differences = ", ".join(
-            said.get(name, f"{name} {before.get(name)} and not {made_by[name]}") for name in other
+            said.get(name, f"{name} {meta['made_by'].get(name)} and not {made_by[name]}") for name in other
         )
         raise InputError(
             f"there is a file already, made by {differences}",
             file=found,
-            mend="Remove it to begin anew, or name another file.",
+            mend=_mend_of(other),
         )
-    return dict(meta)
+    return meta
 
 
-def _keep_whole_batches(writing: Path, prompts: int, batch_size: int) -> int:
+def _known(out: Path) -> dict[str, Any] | None:
+    """The account beside a file; None where there is none that is whole."""
+    try:
+        meta = json.loads(_meta_of(out).read_text(encoding="utf-8"))
+        return {"made_by": dict(meta["made_by"]), "seconds": float(meta["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mend_of(other: Sequence[str]) -> str:
+    mend = "Remove it to begin anew, or name another file."
+    if "prompts" in other:
+        mend += " More prompts are sampled to another file, with sources that have these alone: data build "
+        mend += "takes several."
+    return mend
+
+
+def _keep_whole_batches(file: BinaryIO, prompts: int, batch_size: int) -> int:
     """Cut the file after its last whole batch; how many prompts are done."""
-    if not writing.exists():
-        return 0
     ends = [0]
-    with open(writing, "rb") as file:
-        ends += (file.tell() for line in iter(file.readline, b"") if line.endswith(b"\n"))
+    with open(file.name, "rb") as written:
+        ends += (written.tell() for line in iter(written.readline, b"") if line.endswith(b"\n"))
     lines = len(ends) - 1
     done = prompts if lines == prompts else lines // batch_size * batch_size
-    os.truncate(writing, ends[done])
+    file.truncate(ends[done])
     return done
 
 
 def _figures(out: Path, lengths: Sequence[int], samples: int, seconds: float) -> dict[str, Any]:
     sampled = unfinished = 0
-    with open(out, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            sampled += sum(row["tokens"])
-            unfinished += row["finished"].count(False)
+    for row in each_line(out):
+        sampled += sum(row["tokens"])
+        unfinished += row["finished"].count(False)
     return {
         "prompts": len(lengths),
         "replies": len(lengths) * samples,

@@ -36,7 +36,7 @@ def make_start(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     Raises:
         InputError: what is there was made from another recipe; or as the making does.
     """
-    made = is_made(recipe, folder)
+    is_made(recipe, folder)
     figures: dict[str, Any] = {}
     if recipe.sft is not None:
         if not (folder / "sft" / "model").exists():
@@ -45,7 +45,7 @@ def make_start(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
             train_sft(recipe.sft, recipe, folder / "sft")
         figures |= json.loads((folder / "sft" / "figures.json").read_text())
     if recipe.candidates is not None:
-        if not made:
+        if not (folder / "pairs" / "figures.json").exists():
             _write_origin(folder / "pairs", _origin_of_pairs(recipe))
         figures |= make_pairs(_after_sft(recipe, folder), folder / "pairs", say)
     return figures
@@ -94,7 +94,7 @@ def is_made(recipe: Recipe, folder: Path) -> bool:
 
 
 def _origin_of_sft(recipe: Recipe) -> dict[str, Any]:
-    """What the policy is made from. Defaults are left out: a key that a later version adds is no difference."""
+    """What the policy is made from, defaults left out: a key that a later version adds is no difference."""
     assert recipe.sft is not None
     section = recipe.sft.model_dump(exclude_defaults=True)
     section["train"] = {k: v for k, v in recipe.sft.train.items() if k != "disable_tqdm"}

@@ -319,8 +319,30 @@ def test_too_few_prompts_are_told_of_before_anything_is_written(tmp_path, policy
     with pytest.raises(InputError, match="23 distinct prompts are asked for and 2 are there"):
         check_candidates(recipe)
     (tmp_path / "texts.txt").write_text("\n".join(f"{n}" for n in range(40)))
-    recipe = Recipe.check(make_recipe(tmp_path, policy, tmp_path / "texts.txt", prefix_tokens=[2, 8]))
-    check_candidates(recipe)
+    content = make_recipe(tmp_path, policy, tmp_path / "texts.txt", prefix_tokens=[2, 8])
+    recipe = Recipe.check(content)
+    with pytest.raises(InputError, match="0 are there"):
+        check_candidates(recipe)
     with pytest.raises(InputError, match="0 are there"):
         make_pairs(recipe, tmp_path / "pairs", lambda line: None)
     assert not Path(tmp_path / "pairs").exists()
+    # How many tokens the texts have, a tokenizer that is still to be learned does not say.
+    learned = {"model": {"config": {"model_type": "llama"}}, "sft": {"corpus": str(tmp_path / "texts.txt")}}
+    check_candidates(Recipe.check(content | learned))
+    with pytest.raises(InputError, match="53 distinct prompts are asked for and 40 are there"):
+        check_candidates(
+            Recipe.check(content | learned | {"candidates": content["candidates"] | {"prompts": 44}})
+        )
+
+
+def test_prompts_to_evaluate_on_are_drawn_only_where_none_are_named(tmp_path, policy):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:20]))
+    recipe = make_recipe(tmp_path, policy, tmp_path / "texts.txt")
+    with pytest.raises(InputError, match="23 distinct prompts are asked for and 20 are there"):
+        check_candidates(Recipe.check(recipe))
+    recipe["eval"]["prompts"] = str(write(tmp_path / "eval.jsonl", {"prompt": "x"}))
+    check_candidates(Recipe.check(recipe))
+    # Those of the texts that are evaluated on are none to train on.
+    write(tmp_path / "eval.jsonl", *({"prompt": text.upper()} for text in TEXTS[:3]))
+    with pytest.raises(InputError, match="18 distinct prompts are asked for and 17 are there"):
+        check_candidates(Recipe.check(recipe))

@@ -1,10 +1,10 @@
 """The command line end to end on a small model: run folder, log-probs, and bad input."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 
 import pyarrow.parquet
 import pytest
@@ -356,10 +356,11 @@ def test_import_and_help_are_quick():
     for command in (["-c", "import dpo_kit"], ["-m", "dpo_kit", "--help"]):
         times = []
         for _ in range(3):
-            started = time.perf_counter()
+            # Of the processor: other tests run beside this one.
+            started = os.times().children_user
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            times.append(time.perf_counter() - started)
-        assert min(times) < 1
+            times.append(os.times().children_user - started)
+        assert 0 < min(times) < 1
 
 
 def test_public_names():

@@ -1,7 +1,9 @@
 """`dpo-kit eval` end to end on small models, with a reward and with a judge behind a real HTTP server."""
 
+import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -139,7 +141,17 @@ def test_win_rates_over_temperatures_are_those_of_the_samples_written(
     )  # fmt: skip
     assert status == 0
     assert json.loads((out / "eval.json").read_text()) == found
-    samples = lines(out / "samples.jsonl")
+    made_with = found["made_with"]
+    assert (made_with["seed"], made_with["temperatures"], made_with["reference_temperature"]) == (
+        0,
+        [0.5, 1.0],
+        0.7,
+    )
+    assert (made_with["max_new_tokens"], made_with["dtype"], made_with["beta"]) == (6, "float32", 0.1)
+    assert made_with["prompts"]["n"] == 4
+    assert made_with["judges"] == [{"judge": f"reward:{reward}"}]
+    assert made_with["load"]["invalid"] == "drop"
+    samples = lines(out / "eval-samples.jsonl")
     drawn = {}
     for row in samples:
         assert row["reward"] == len(row["prompt"] + row["reply"])
@@ -185,6 +197,10 @@ def test_a_judge_behind_an_endpoint(models, pairs, evaluate, tmp_path, monkeypat
         assert asked[0] == asked[1]
         assert evaluate(*arguments)[1] == found  # from the cache
         assert (len(honest.requests), len(biased.requests)) == asked
+    judge = found["made_with"]["judges"][0]
+    assert (judge["judge"], judge["prompt"]) == (f"{honest.url}#tiny", "helpfulness")
+    assert judge["settings"] == {"temperature": 0.0, "max_completion_tokens": 99}
+    assert len(judge["prompt_sha256"]) == 64
     by_honest, by_biased = found["win_rates"]
     assert by_honest["position"] == {"comparisons": 6, "share": 0.0, "first": 0.0, "unreadable": 0}
     assert (by_biased["ties"], by_biased["position"]["share"], by_biased["position"]["first"]) == (
@@ -286,13 +302,88 @@ def test_prompts_alone_and_messages(models, reward, evaluate, tmp_path):
         (["--data", "PAIRS", "--beta", "0"], "--beta"),
         (["--data", "PAIRS", "--judge-setting", "max_tokens"], "--judge-setting"),
         (["--data", "PAIRS", "--reward", "no-such-file.py:reward"], "--reward"),
+        (["--data", "PAIRS", "--prompts", "PAIRS", "--samples", "0"], "--prompts"),
+        (["--data", "PAIRS", "--samples", "0", "--reward", "REWARD"], "--reward"),
+        (["--data", "PAIRS", "--temperature", "0.5"], "--temperature"),
+        (["--data", "PAIRS", "--samples", "2"], "--samples"),
+        (["--data", "PAIRS", "--reward", "REWARD", "--top-p", "nan"], "--top-p"),
+        (["--data", "PAIRS", "--reward", "REWARD", "--temperature", "nan"], "--temperature"),
+        (
+            ["--data", "PAIRS", "--reference", "MODEL", "--reference-temperature", "nan"],
+            "--reference-temperature",
+        ),
+        (["--data", "PAIRS", "--reference", "MODEL", "--beta", "nan"], "--beta"),
+        (["--data", "PAIRS", "--beta", "0.2"], "--beta"),
+        (["--prompts", "PAIRS", "--max-length", "9"], "--max-length"),
+        (["--prompts", "PAIRS", "--ties", "half"], "--ties"),
+        (["--prompts", "PAIRS", "--map", "prompt=q"], "--map"),
+        (["--data", "PAIRS", "--judge-prompt", "summary"], "--judge-prompt"),
+        (["--data", "PAIRS", "--judge", "reward:REWARD", "--judge-setting", "a=1"], "--judge-setting"),
+        (["--data", "PAIRS", "--judge", "reward:REWARD", "--judge-key-env", "KEY"], "--judge-key-env"),
+        (["--data", "PAIRS", "--judge", "http://127.0.0.1:1/v1#m", "--judge-timeout", "nan"], "--judge"),
+        (["--prompts", "EMPTY"], "--prompts"),
+        (["--data", "PAIRS", "--reference", "no/such/folder"], "--reference"),
+        (["--data", "PAIRS", "--chat-template-kwargs", "[1]"], "--chat-template-kwargs"),
     ],
 )
 def test_what_contradicts_is_refused(models, pairs, reward, evaluate, arguments, option):
-    given = [a.replace("PAIRS", str(pairs)).replace("REWARD", reward) for a in arguments]
+    empty = write_rows(pairs.with_name("empty.jsonl"), [])
+    words = {"PAIRS": str(pairs), "REWARD": reward, "MODEL": str(models[0]), "EMPTY": str(empty)}
+    given = [functools.reduce(lambda a, word: a.replace(word, words[word]), words, a) for a in arguments]
     status, found, said = evaluate(models[0], *given)
     assert (status, found) == (2, None)
     assert f"'{option}'" in said
+
+
+def test_settings_of_a_chat_template_and_top_p_reach_the_samples(models, reward, evaluate, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models[0], folder)
+    template = "{% for m in messages %}{{ mood }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": [{"role": "user", "content": f"Film {i}:"}]} for i in range(4)]
+    arguments = ["--prompts", write_rows(tmp_path / "prompts.jsonl", rows), "--reward", reward]
+    replies = []
+    for i, more in enumerate([[], ["--chat-template-kwargs", '{"mood": "very bad"}'], ["--top-p", 0.05]]):
+        out = tmp_path / str(i)
+        status, found, said = evaluate(
+            folder, "--reference", models[1], *arguments, *more, "--out", out, "--max-new-tokens", 6
+        )
+        assert status == 0, said
+        replies.append([row["reply"] for row in lines(out / "eval-samples.jsonl")])
+        # Of a policy that is cut to its likeliest tokens the sum along replies is no KL.
+        assert ("kl" in found["samples"][0]) == ("--top-p" not in more)
+    assert replies[0] != replies[1]
+    assert replies[0] != replies[2]
+
+
+def test_a_runs_folder_keeps_its_files(models, reward, evaluate, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    names = ["samples.jsonl", "recipe.yaml", "summary.json", "metrics.jsonl"]
+    for name in names:
+        (run / name).write_text("of the run")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Film 1:"}])
+    assert evaluate(models[0], "--prompts", prompts, "--out", run, "--max-new-tokens", 2)[0] == 0
+    assert {(run / name).read_text() for name in names} == {"of the run"}
+    assert {path.name for path in run.iterdir()} == {
+        *names,
+        "eval.json",
+        "eval-samples.jsonl",
+        "comparisons.jsonl",
+    }
+
+
+def test_figures_that_are_not_finite_are_no_result(models, pairs, evaluate, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(models[0], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, folder / "model.safetensors", {"format": "pt"})
+    status, found, said = evaluate(folder, "--reference", models[0], "--data", pairs, "--samples", 0)
+    assert (status != 0, found) == (True, None)
+    assert "nan" in said
 
 
 def test_a_reference_of_another_vocabulary_is_refused(models, pairs, evaluate, tmp_path):

@@ -157,6 +157,7 @@ def test_what_was_measured_stands_in_the_tables(compared):
         ["dpo", "DPO", "1"],
         ["ft", "Preferred-FT", "1"],
         ["broken", "Broken", "0"],
+        ["reference", "Reference's log-probs", "1"],
     ]
     matched = cells(folder / "matched.csv")
     assert matched[0][:7] == ["method", "label", "kl", "reward", "low", "high", "run"]

@@ -152,7 +152,9 @@ def test_the_lead_says_who_is_highest_and_by_how_much(folder: Path) -> None:
     assert f"measured: {dpo:+.2f} [{dpo - 0.2:+.2f}, {dpo + 0.2:+.2f}] (the SFT policy: +0.40)" in said
     assert f"It lies above PPO-GT (by {dpo - ppo_gt:+.2f} [" in said
     assert "not to be told apart from" not in lead(record)[1]
-    assert "A run of PPO-GT, the best with RL at that KL, takes 7.8 times the time and 15 times" in said
+    assert "A run of PPO-GT, with RL the highest measured at that KL, takes 7.8 times the time and 15" in said
+    assert "what is made once for all runs is left out of both (SFT, candidates and reward model)" in said
+    assert lead(record)[-1].startswith("Intervals are 95%, over prompts alone: each setting was run once")
 
 
 def test_the_lead_follows_the_numbers_the_other_way(tmp_path: Path) -> None:

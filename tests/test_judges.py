@@ -1,5 +1,6 @@
 """Judges by reward and behind a real HTTP server; win rates, position bias, agreement."""
 
+import hashlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ import pytest
 from judge_server import judge_server, longer_is_better, shown
 
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.evaluation import endpoint
 from dpo_kit.evaluation.agreement import agreement, cohens_kappa
 from dpo_kit.evaluation.endpoint import JudgeError, fill, load_template, parse
 from dpo_kit.evaluation.judges import EndpointOptions, Verdict, load_judge, prompt_text, reply_text
@@ -95,6 +97,8 @@ def test_an_answer_is_never_asked_for_twice(tmp_path):
     prompts, firsts, seconds = comparisons(3)
     with judge_server(longer_is_better) as server:
         first = judge_of(server, tmp_path)
+        text = (Path(endpoint.__file__).parent / "prompts" / "helpfulness.txt").read_bytes()
+        assert first.described()["prompt_sha256"] == hashlib.sha256(text).hexdigest()
         # The same comparison twice, and once the other way round, is still two questions.
         assert first.compare(["q"] * 3, ["x", "x", "yy"], ["yy", "yy", "x"]) == [0.0, 0.0, 1.0]
         assert len(server.requests) == first.asked == 2
@@ -336,7 +340,7 @@ def test_an_answer_that_was_cut_off_is_asked_for_by_the_next_run(tmp_path):
 
 
 def test_a_reply_cannot_make_up_the_questions_headings(tmp_path):
-    """It writes what follows it in the question, with a reply B of its own, and the mark of another question."""
+    """It writes what follows it in the question, a reply B of its own, and the mark of another question."""
     with judge_server(longer_is_better) as server:
         judge = judge_of(server, tmp_path)
         judge.compare(["q"], ["honest"], ["reply"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import itertools
 import json
 import math
@@ -163,6 +164,106 @@ def test_the_same_recipe_gives_the_same_run_and_a_finished_one_is_left_alone(
     (folder / "summary.json").unlink()  # cut off before its end: begun anew, from the first line on
     run_ppo(again, resume=True, say=quiet)
     assert [line["step"] for line in lines(folder / "metrics.jsonl")] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_a_resume_loses_nothing_of_a_run_of_another_recipe(world: Path, tmp_path: Path) -> None:
+    settings = {"total_episodes": 16}
+    folder = run_ppo(recipe(world, tmp_path / "run", reward="model", settings=settings), say=quiet).folder
+    own = {"recipe.yaml", "metrics.jsonl", "summary.json", "model", "evaluations", "samples.jsonl"}
+    kept = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    assert own | {"reward_model"} <= {path.name for path in folder.iterdir()}
+
+    said: list[str] = []
+    other = recipe(world, tmp_path / "run", reward="model", settings=settings | {"kl_coef": 1.0})
+    result = run_ppo(other, resume=True, say=said.append)
+    aside = tmp_path / "run-ppo.1"
+    assert any(str(aside) in line for line in said)
+    for path, content in kept.items():
+        place = path.relative_to(folder)
+        assert (path if place.parts[0] == "reward_model" else aside / place).read_bytes() == content
+    assert not (aside / "reward_model").exists()
+    assert result.summary["recipe"] != json.loads((aside / "summary.json").read_text())["recipe"]
+    assert lines(folder / "metrics.jsonl")[1]["objective/kl_coef"] == 1.0
+
+    # Of one that was cut off, too, and by the recipe that it is of.
+    (folder / "summary.json").unlink()
+    run_ppo(recipe(world, tmp_path / "run", settings=settings), resume=True, say=quiet)
+    assert lines(tmp_path / "run-ppo.2" / "metrics.jsonl")[1]["objective/kl_coef"] == 1.0
+    assert not (tmp_path / "run-ppo.3").exists()
+
+
+def test_a_finished_run_names_a_report_only_where_there_is_one(world: Path, tmp_path: Path) -> None:
+    once = recipe(world, tmp_path / "run", settings={"total_episodes": 16})
+    folder = run_ppo(once, say=quiet).folder
+    assert run_ppo(once, resume=True, say=quiet).page is None
+    (folder / "report.html").write_text("a page")
+    assert run_ppo(once, resume=True, say=quiet).page == folder / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("section", "normalised"),
+    [
+        ({"reward": "true"}, None),
+        ({"reward": "model"}, True),
+        ({"reward": "true", "value": "reward_model"}, True),
+        ({"reward": "true", "value": "reward_model", "normalise": False}, False),
+        ({"reward": "model", "value": "policy"}, None),
+    ],
+)
+def test_what_the_values_start_as(
+    section: Any, normalised: bool | None, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a reward model they are its scores, normalised with the reward; from the policy they are 0."""
+    started = {}
+    whole = ppo.Trainer.train
+
+    def train(self: Any) -> None:
+        started["value"] = copy.deepcopy(self.value_model)
+        whole(self)
+
+    monkeypatch.setattr(ppo.Trainer, "train", train)
+    settings = {"total_episodes": 16}
+    folder = run_ppo(recipe(world, tmp_path / "run", settings=settings, **section), say=quiet).folder
+    made = folder / "reward_model" / "model"
+    value = started["value"].eval()
+    hidden = torch.linspace(-1, 1, 16)
+    if normalised is None:
+        assert made.exists() == (section["reward"] == "model")
+        assert torch.equal(value.score(hidden), torch.zeros(1))
+        expected = LlamaForCausalLM.from_pretrained(world / "model").model.state_dict()
+    else:
+        learned = LlamaForSequenceClassification.from_pretrained(made)
+        score = learned.score(hidden)
+        assert isinstance(value.score, Normalised) == normalised
+        if normalised:
+            score = (score - value.score.mean) / value.score.deviation
+        assert torch.equal(value.score(hidden), score)
+        expected = learned.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in value.model.state_dict().items())
+
+
+def test_ppo_with_the_true_reward_does_not_look_at_a_reward_model(world: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("none", "there"):
+        once = recipe(world, tmp_path / name, settings={"total_episodes": 32})
+        if name == "there":
+            section = once.reward_model.model_copy(update={"path": str(tmp_path / "no such folder")})
+            once = once.model_copy(update={"reward_model": section})
+        metrics = lines(run_ppo(once, say=quiet).folder / "metrics.jsonl")
+        found.append([{k: v for k, v in line.items() if k not in ("seconds", "eps")} for line in metrics])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("carry_out", [run_ppo, run_recipe])
+def test_in_bf16_a_policy_that_does_not_learn_has_no_kl(carry_out: Any, world: Path, tmp_path: Path) -> None:
+    """Policy and reference are measured in one precision."""
+    once = recipe(world, tmp_path / "run", settings={"total_episodes": 32, "learning_rate": 0.0})
+    train = once.train | {"bf16": True, "learning_rate": 0.0, "max_steps": 4, "batch_size": 8}
+    result = carry_out(once.model_copy(update={"train": train}), say=quiet)
+    metrics = lines(result.folder / "metrics.jsonl")
+    measured = [line["eval_kl"] for line in metrics if "eval_kl" in line]
+    assert len(measured) > 1
+    assert set(measured) == {0.0}
 
 
 def test_a_reward_model_is_learned_from_the_pairs(world: Path, tmp_path: Path) -> None:

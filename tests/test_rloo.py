@@ -117,6 +117,8 @@ def test_a_learned_reward_and_an_adapter(start, tmp_path):
         ({"settings": {"use_vllm": True}}, "ppo.settings.use_vllm"),
         ({"settings": {"num_generations": 3}}, "ppo.settings"),
         ({"target_kl": 3.0}, "ppo.target_kl"),
+        ({"value": "policy"}, "ppo.value"),
+        ({"reward": "nowhere.py:reward"}, "ppo.reward"),
     ],
 )
 def test_settings_that_cannot_be(changes, field, start, tmp_path):
@@ -124,3 +126,45 @@ def test_settings_that_cannot_be(changes, field, start, tmp_path):
         run_rloo(recipe_of(start, tmp_path, **changes), say=lambda line: None)
     assert caught.value.field == field
     assert not (tmp_path / "run-rloo").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "field"),
+    [
+        ("reference", {"path": "another"}, "reference.path"),
+        ("data", {"max_length": 8}, "data.max_length"),
+        ("loss", {"name": "bradley_terry"}, "loss"),
+    ],
+)
+def test_what_is_refused_leaves_an_earlier_run_where_it_is(section, changes, field, start, tmp_path):
+    content = recipe_of(start, tmp_path).model_dump()
+    content[section] = changes if section == "loss" else content[section] | changes
+    earlier = tmp_path / "run-rloo" / "metrics.jsonl"
+    earlier.parent.mkdir()
+    write(earlier, {"step": 0})
+    with pytest.raises(InputError) as caught:
+        run_rloo(Recipe.check(content), say=lambda line: None)
+    assert caught.value.field == field
+    assert [path for path in tmp_path.rglob("*") if path.name == "metrics.jsonl"] == [earlier]
+
+
+def test_in_bf16_a_policy_that_does_not_learn_has_no_kl(start, tmp_path):
+    recipe = recipe_of(start, tmp_path, settings={"learning_rate": 0.0, "max_steps": 2})
+    found = run_rloo(
+        recipe.model_copy(update={"train": recipe.train | {"bf16": True}}), say=lambda line: None
+    )
+    assert found.summary["eval/kl"] == 0
+
+
+def test_measuring_in_full_precision_leaves_training_in_bf16(start, tmp_path):
+    """What is trained and sampled is the same whether or not the policy is measured on the way."""
+    found = []
+    for every in (0, 1):
+        recipe = recipe_of(start, tmp_path / str(every), settings={"max_steps": 4, "logging_steps": 1})
+        section = recipe.eval.model_copy(update={"every": every})
+        changes = {"train": recipe.train | {"bf16": True}, "eval": section}
+        folder = run_rloo(recipe.model_copy(update=changes), say=lambda line: None).folder
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append([(line["loss"], line["reward"], line["kl"]) for line in lines if "loss" in line])
+    assert found[0] == found[1]
+    assert len(found[0]) == 4

@@ -5,6 +5,7 @@ import math
 
 import pytest
 from families import make_model
+from judge_server import judge_server
 from pair_files import write
 
 from dpo_kit import samples_file
@@ -151,7 +152,60 @@ def test_the_command_samples_distinct_prompts_of_any_source(folder, tmp_path, ca
     assert [row["prompt"] for row in read(out)] == ["the film", "a", "b", "c", "d"]
     assert figures["prompts"] == 5
     assert run("sample", folder, *sources, *settings, "--max-prompts", 2) == 2
-    assert "other prompts" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "other prompts" in said
+    assert "More prompts are sampled to another file" in said
+
+
+def test_only_one_process_samples_into_a_file(folder, tmp_path, monkeypatch):
+    """A second one, begun within the first one's second batch, is refused; the file is as without it."""
+    real, refused = samples_file.sample_replies, []
+
+    def asked(*arguments, **settings):
+        if arguments[2] == PROMPTS[3:6]:
+            with pytest.raises(InputError, match="another process is sampling into this file") as caught:
+                sample(folder, tmp_path / "a.jsonl")
+            refused.append(caught.value)
+        return real(*arguments, **settings)
+
+    sample(folder, tmp_path / "whole.jsonl")
+    monkeypatch.setattr(samples_file, "sample_replies", asked)
+    sample(folder, tmp_path / "a.jsonl")
+    assert len(refused) == 1
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_lines_of_something_else_are_found_before_the_file_is_whole(folder, tmp_path, monkeypatch):
+    real = samples_file.sample_replies
+
+    def meddled(*arguments, **settings):
+        if arguments[2] == PROMPTS[6:]:
+            with open(tmp_path / "a.jsonl.writing", "a") as file:
+                file.write('{"prompt": "c"}\n')
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(samples_file, "sample_replies", meddled)
+    with pytest.raises(InputError, match="something else has written here"):
+        sample(folder, tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "settings", "expected"),
+    [
+        ("out.jsonl.gz", (), "plain lines of JSON"),
+        ("out.json", (), "plain lines of JSON"),
+        ("prompts.jsonl", (), "this file is one of the sources"),
+        ("out.jsonl", ("--top-p", 0), "--top-p"),
+    ],
+)
+def test_what_the_command_refuses(folder, tmp_path, capsys, out, settings, expected):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    content = prompts.read_bytes()
+    assert run("sample", folder, prompts, "--out", tmp_path / out, *settings) == 2
+    assert expected in " ".join(capsys.readouterr().err.split())
+    assert prompts.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
 
 
 def of(*replies, prompt="p"):
@@ -227,6 +281,47 @@ def test_a_judge_ranks_first_and_then_scores():
     high, low, middle = row["scores"]
     assert high > middle > low
     assert high == pytest.approx(-low)
+
+
+@pytest.mark.filterwarnings("ignore:the judge came to nothing")
+def test_a_tie_gives_no_pair_and_no_verdict_is_counted():
+    ties, account = [of("aa", "bb", prompt=f"p{i}") for i in range(50)], Account()
+    assert build(ties, account, labels="bradley_terry") == []
+    assert account.left_out == {"tie": 50}
+    account = Account()
+    circle = {("a", "b"): 1.0, ("b", "c"): 1.0, ("a", "c"): 0.0}
+    judge = lambda prompts, a, b: [circle[pair] for pair in zip(a, b, strict=True)]  # noqa: E731
+    assert build([of("a", "b", "c")], account, by_judge(judge)) == []
+    assert account.left_out == {"tie": 3}
+    silent, account = lambda prompts, a, b: [None] + [1.0] * (len(a) - 1), Account()
+    assert len(build([of("a", "b", "c")], account, by_judge(silent))) == 2
+    assert account.no_verdict == account.to_dict()["no_verdict"] == 1
+    assert "1 comparisons without a verdict" in account.summary("pairs")
+
+
+def test_a_judge_behind_an_endpoint_is_asked_as_the_options_say(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DPO_KIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JUDGE_KEY", "sk-not-to-be-written")
+    source = write(tmp_path / "c.jsonl", {"prompt": "p", "completions": ["aaa", "bbbbb"]})
+    (tmp_path / "ask.txt").write_text("Q {prompt}\n1 {first}\n2 {second}\nAnswer 'Preferred: A' or so.")
+    with judge_server(
+        lambda text, n: f"Preferred: {'B' if 'bbbbb' in text.split('2 ')[1] else 'A'}"
+    ) as server:
+        options = (
+            "--judge-model",
+            "tiny",
+            "--judge-prompt",
+            tmp_path / "ask.txt",
+            "--judge-key-env",
+            "JUDGE_KEY",
+        )
+        setting = ("--judge-setting", "max_tokens=9", "--judge-concurrency", 1, "--json")
+        out = tmp_path / "pairs.jsonl"
+        assert run("data", "build", source, "--out", out, "--judge", server.url, *options, *setting) == 0
+    assert [row["chosen"] for row in load_pairs(out)] == ["bbbbb"]
+    assert {(body["model"], body["max_tokens"]) for body in server.requests} == {("tiny", 9)}
+    assert all(text.startswith("Q p\n1 ") for text in server.texts)
+    assert set(server.keys) == {"Bearer sk-not-to-be-written"}
 
 
 def test_building_from_the_command_line(folder, tmp_path, capsys):

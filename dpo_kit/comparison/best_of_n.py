@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_kit.comparison.reward_model import trained_reward_model
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Reward, load_reward, sample_replies
+from dpo_kit.json_lines import write_lines
 from dpo_kit.measurement import Samples, Say, evaluation_file
 from dpo_kit.models import load_model
 from dpo_kit.recipe import Recipe
@@ -239,7 +240,7 @@ def _draw_round(
 def _report(samples: Samples, rounds: list[Round], folder: Path) -> dict[str, Any]:
     """Write metrics.jsonl and evaluations/; figures for summary.json."""
     rows = [_measure(samples, rounds, n, folder) for n in sorted(set(samples.recipe.best_of_n.n))]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "metrics.jsonl", rows)
     first, last = rows[0], rows[-1]
     return {
         "steps": last["step"],
@@ -279,7 +280,7 @@ def _measure(samples: Samples, rounds: list[Round], n: int, folder: Path) -> dic
         lines += [line] * samples.recipe.eval.samples
     place = evaluation_file(folder, n)
     place.parent.mkdir(exist_ok=True)
-    write_text(place, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_lines(place, lines)
     scored = n > 1
     return {
         "step": n,

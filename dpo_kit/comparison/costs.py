@@ -21,7 +21,8 @@ def write_costs(folder: Path) -> None:
     """costs.csv: a row for each method, means over its finished runs; then the shared work.
 
     `seconds` are of training; log-probs of a cached reference, computed ahead, are shared work. `reward` and
-    `kl` are of the method's best run at its end. `times_dpo` are its seconds over those of `dpo`, or of the recipe's first method where it has none of that name.
+    `kl` are of the method's best run at its end. `times_dpo` are its seconds over those of `dpo`, or of the
+    recipe's first method where it has none of that name.
     """
     recipe, runs = comparison_in(folder)
     assert recipe.frontier is not None

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dpo_kit.comparison.runs import Run, runs_of
 from dpo_kit.errors import DivergedError, DpoKitError
 from dpo_kit.losses import make_objective
 from dpo_kit.recipe import Recipe
-from dpo_kit.run_folder import digest_recipe, write_text
+from dpo_kit.run_folder import digest_recipe, flat_keys, write_text
 from dpo_kit.start import make_start, started
 
 # Where a run that stopped at a loss that is not finite says so: that is a result, and is not tried again.
@@ -61,7 +63,9 @@ class Ended:
 
     def last_lines(self, count: int = 3) -> str:
         """The end of its log."""
-        lines = self.job.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        text = self.job.log.read_text(encoding="utf-8", errors="replace")
+        # A progress bar ends its lines with a carriage return, and colours them.
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
         return "\n".join([line for line in lines if line.strip()][-count:])
 
 
@@ -163,11 +167,61 @@ def recipe_digest(recipe: Recipe) -> str:
 
 def outcome(run: Run) -> str:
     """How a run of this very recipe ended: done, diverged, or "" where it has not."""
-    folder, wanted = run.folder, recipe_digest(run.recipe)
-    for file, word in (("summary.json", "done"), (DIVERGED_FILE, "diverged")):
-        if (folder / file).exists() and json.loads((folder / file).read_text()).get("recipe") == wanted:
-            return word
-    return ""
+    return "" if changed_key(run) else _ended(run)
+
+
+def changed_key(run: Run) -> str | None:
+    """The key in which a run that ended was of another recipe; None where it was of this, or did not end.
+
+    Where the folder lies, and what changes no result, makes no other recipe; nor does a key that the run's
+    version did not know yet, where it has its default.
+    """
+    digest = next((found for file in _ENDINGS if (found := _digest_in(run.folder / file))), None)
+    if digest is None or digest == recipe_digest(run.recipe):
+        return None
+    before = _written_recipe(run.folder)
+    if before is None or digest_recipe(before) != digest:
+        return "recipe"
+    recipe = Recipe.check(before)
+    then, now = (_comparable(r.resolved(r.training_config())) for r in (recipe, run.recipe))
+    return next((key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)), None)
+
+
+# What a run leaves at its end, and how it ended then.
+_ENDINGS = {"summary.json": "done", DIVERGED_FILE: "diverged"}
+
+# Keys of a run's recipe that change no result.
+_FREE = ("data.num_proc", "data.cache_dir", "reference.cache_dir", "train.disable_tqdm")
+
+
+def _ended(run: Run) -> str:
+    return next((word for file, word in _ENDINGS.items() if _digest_in(run.folder / file)), "")
+
+
+def _digest_in(file: Path) -> str | None:
+    return json.loads(file.read_text(encoding="utf-8")).get("recipe") if file.exists() else None
+
+
+def _written_recipe(folder: Path) -> dict[str, Any] | None:
+    """What a run wrote of its recipe; where it ended before that, what it was given."""
+    for place in (folder / "recipe.yaml", folder.with_name(f"{folder.name}.yaml")):
+        if place.exists():
+            return dict(yaml.safe_load(place.read_text(encoding="utf-8")))
+    return None
+
+
+def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Its keys without the free ones, and paths in the comparison's folder as they lie in it."""
+    folder = str(Path(resolved["train"]["output_dir"]).parent.parent)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(each) for each in value]
+        inside = isinstance(value, str) and (value == folder or value.startswith(f"{folder}/"))
+        return f"FOLDER{value.removeprefix(folder)}" if inside else value
+
+    found = flat_keys(json.loads(json.dumps(resolved)))
+    return {key: placed(value) for key, value in found.items() if key not in _FREE}
 
 
 def _say(line: str) -> None:
@@ -218,9 +272,6 @@ def _run_by(module: str, name: str, **keywords: Any) -> Callable[[Path], None]:
             write_text(folder / DIVERGED_FILE, json.dumps({"recipe": digest, "problem": str(error)}))
             _say(str(error))
             return
-        summary = json.loads((folder / "summary.json").read_text())
-        if summary.get("recipe") != digest:
-            write_text(folder / "summary.json", json.dumps(summary | {"recipe": digest}, indent=2))
 
     return carried_out
 

@@ -52,7 +52,17 @@ def lead(record: Record) -> list[str]:
     if level is None:
         return ["No two methods have reached the same KL yet, so there is nothing to compare."]
     found = record.matched(level)
-    return [*_at_level(record, level, found), *_over_levels(record), *_what_rl_costs(record, level)]
+    said = [*_at_level(record, level, found), *_over_levels(record), *_what_rl_costs(record, level)]
+    return [*said, f"{intervals(record)}."]
+
+
+def intervals(record: Record) -> str:
+    """What the intervals are of, and what is not in them."""
+    seeds = [len(method.get("seeds") or [0]) for method in record.section["methods"].values()]
+    runs = f"a setting was run with up to {max(seeds)} seeds"
+    if 2 * seeds.count(1) > len(seeds):
+        runs = "each setting was run once" if max(seeds) == 1 else "most settings were run once"
+    return f"Intervals are 95%, over prompts alone: {runs}, and how runs differ by seed is not in them"
 
 
 def _at_level(record: Record, level: float, found: dict[str, Level]) -> list[str]:
@@ -121,9 +131,16 @@ def _what_rl_costs(record: Record, level: float) -> list[str]:
     if not said:
         return []
     return [
-        f"A run of {record.label(best.method)}, the best with RL at that KL, takes {_joined(said)} of a run "
-        f"of {record.label(record.base)}."
+        f"A run of {record.label(best.method)}, with RL the highest measured at that KL, takes "
+        f"{_joined(said)} of a run of {record.label(record.base)}{_left_out(record)}."
     ]
+
+
+def _left_out(record: Record) -> str:
+    """The work that is done once for all runs, which the costs of a run do not hold."""
+    shared = [row["label"] for row in record.costs if row["method"] not in record.section["methods"]]
+    names = [name if name.isupper() else name[:1].lower() + name[1:] for name in shared]
+    return f"; what is made once for all runs is left out of both ({_joined(names)})" if names else ""
 
 
 def times(count: int) -> str:

@@ -6,7 +6,6 @@ finished is not made again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,30 @@ from typing import Any
 import yaml
 
 from dpo_kit.checkpoints import put_aside
+from dpo_kit.comparison.checks import check_comparison
 from dpo_kit.comparison.costs import write_costs
 from dpo_kit.comparison.execute import (
     REFERENCE_FILE,
     Ended,
     Job,
     carry_out,
+    changed_key,
     default_workers,
     has_cached_reference,
     outcome,
 )
+from dpo_kit.comparison.folder import alone_in, open_folder
 from dpo_kit.comparison.matched import write_matched
 from dpo_kit.comparison.progress import Progress
 from dpo_kit.comparison.results import read_table, write_frontier, write_runs
 from dpo_kit.comparison.runs import Run, output_folder, quick_form, runs_of
 from dpo_kit.comparison.tables import print_tables
 from dpo_kit.errors import InputError, TrainingError
-from dpo_kit.measurement import Samples, Say
+from dpo_kit.measurement import Say
 from dpo_kit.recipe import Recipe
-from dpo_kit.run_folder import flat_keys, write_text
-from dpo_kit.start import check_start, is_made
+from dpo_kit.run_folder import write_text
+from dpo_kit.start import is_made
 from dpo_kit.yaml_file import apply_override, read_yaml
-
-# What may be another when a comparison goes on: a run whose own recipe changed is put aside and made anew.
-_FREE = ("frontier", "ppo", "best_of_n", "report", "data.num_proc", "data.cache_dir", "reference.cache_dir")
 
 # Longest first, so that the workers end together.
 _ORDER = ("ppo", "rloo", "best_of_n", "train")
@@ -57,28 +56,34 @@ def run_frontier(recipe_path: Path, overrides: list[str], *, quick: bool, say: S
         of the runs that did not end as they should.
 
     Raises:
-        InputError: the recipe, what it names, or a folder that holds another comparison.
+        InputError: the recipe, what it names, or a folder that holds another comparison, or is at work.
         TrainingError: what all runs start from could not be made.
     """
     recipe = load_comparison(recipe_path, overrides, quick)
     folder = output_folder(recipe)
     runs = runs_of(recipe, folder)
-    _check(recipe, runs)
-    _open_folder(folder, recipe)
+    check_comparison(recipe, runs)
+    with alone_in(folder):
+        open_folder(folder, recipe, runs)
+        _make_shared(recipe, folder, runs, say)
+        _carry_out_runs(recipe, folder, runs, say)
+        write_matched(folder)
+        write_costs(folder)
+        _draw(folder, say)
+        print_tables(folder)
+    tables = {name: read_table(folder / f"{name}.csv") for name in ("runs", "frontier", "matched", "costs")}
+    failed = [row["run"] for row in tables["runs"] if row["outcome"] == "failed"]
+    return {"folder": str(folder), **tables, "failed": failed}
+
+
+def _make_shared(recipe: Recipe, folder: Path, runs: Sequence[Run], say: Say) -> None:
+    """What all runs start from, as far as it is not there."""
     if not is_made(recipe, folder / "start"):
         _make(Job("the start", "start", folder, folder / "start.log"), say)
     if _needs_reward_model(recipe, runs) and not (folder / "reward_model" / "summary.json").exists():
         _make(Job("the reward model", "reward_model", folder, folder / "reward_model.log"), say)
     if not (folder / REFERENCE_FILE).exists() and any(map(has_cached_reference, runs)):
         _make(Job("the reference's log-probs", "reference", folder, folder / "reference.log"), say)
-    _carry_out_runs(recipe, folder, runs, say)
-    write_matched(folder)
-    write_costs(folder)
-    _draw(folder, say)
-    tables = {name: read_table(folder / f"{name}.csv") for name in ("runs", "frontier", "matched", "costs")}
-    print_tables(folder)
-    failed = [row["run"] for row in tables["runs"] if row["outcome"] == "failed"]
-    return {"folder": str(folder), **tables, "failed": failed}
 
 
 def load_comparison(recipe_path: Path, overrides: Sequence[str], quick: bool) -> Recipe:
@@ -103,46 +108,6 @@ def load_comparison(recipe_path: Path, overrides: Sequence[str], quick: bool) ->
             mend="See recipes/sentiment-small.yaml.",
         )
     return recipe
-
-
-def _check(recipe: Recipe, runs: Sequence[Run]) -> None:
-    """Refuse what would be found too late: in the first run, or when the tables are made."""
-    check_start(recipe)
-    samples = Samples.of(recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"prompts": None})}))
-    has_prompts = recipe.eval.prompts or (recipe.candidates is not None and recipe.candidates.evaluation)
-    if samples.reward is None or not has_prompts:
-        missing = "eval.reward" if samples.reward is None else "eval.prompts"
-        raise InputError("a frontier is of rewards on prompts", field=missing, mend="Name it in the recipe.")
-    if not samples.has_kl:
-        raise InputError(
-            "the KL is of a policy as it is",
-            field="eval.temperature",
-            mend="Set temperature and top_p of eval to 1.",
-        )
-
-
-def _open_folder(folder: Path, recipe: Recipe) -> None:
-    """Write recipe.yaml, unless the folder is another comparison's."""
-    resolved = recipe.resolved(recipe.training_config())
-    place = folder / "recipe.yaml"
-    if place.exists():
-        before = flat_keys(yaml.safe_load(place.read_text(encoding="utf-8")))
-        now = flat_keys(json.loads(json.dumps(resolved)))
-        for key in sorted(before.keys() | now.keys()):
-            if key.startswith(tuple(f"{free}." for free in _FREE)) or key in _FREE:
-                continue
-            if before.get(key) != now.get(key):
-                raise InputError(
-                    f"the comparison here has {before.get(key)!r} and would go on with {now.get(key)!r}",
-                    file=folder,
-                    field=key,
-                    mend="Go on with the recipe as it was, or name another folder in frontier.output_dir.",
-                )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(error.strerror), file=folder, field="frontier.output_dir") from error
-    write_text(place, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
 
 def _needs_reward_model(recipe: Recipe, runs: Sequence[Run]) -> bool:
@@ -171,6 +136,9 @@ def _carry_out_runs(recipe: Recipe, folder: Path, runs: Sequence[Run], say: Say)
     wanted = [run for run in runs if not outcome(run)]
     if finished := len(runs) - len(wanted):
         say(f"{finished} of {len(runs)} runs are finished already")
+    if changed := [key for run in wanted if (key := changed_key(run))]:
+        keys = ", ".join(dict.fromkeys(changed))
+        say(f"{len(changed)} finished runs are put aside and made anew, because {keys} changed")
     failures: dict[str, str] = {}
     workers = min(recipe.frontier.workers or default_workers(), max(len(wanted), 1))
     progress = Progress(runs, wanted, workers)

@@ -6,16 +6,16 @@ replies, settings and logs are hostile text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_kit.comparison.findings import central_level, lead, side, signed, with_interval
+from dpo_kit.comparison.findings import central_level, lead, signed, with_interval
 from dpo_kit.comparison.pictures import draw, look
 from dpo_kit.comparison.record import START, Point, Record
+from dpo_kit.comparison.tables import cost_cells, cost_header, legend, mark, range_of
 from dpo_kit.report.page import Drawn, render, require_extra, write_whole
-from dpo_kit.report.summary import Card, amount, as_text, duration, memory
+from dpo_kit.report.summary import Card, as_text, duration
 
 PROMPTS_SHOWN = 6
 # Of the worst runs.
@@ -52,9 +52,11 @@ def write_page(folder: Path) -> Path:
         levels=[f"{each:g}" for each in record.levels],
         matched=_matched(record),
         costs=_costs(record),
-        cost_columns=[name.format(base=record.label(record.base)) for _, name, _ in COST_COLUMNS],
+        cost_columns=cost_header(record),
+        legend=legend(record),
         level=None if level is None else f"{level:g}",
         samples=_samples(record, level),
+        has_expected=any(map(record.is_best_of_n, record.methods)),
         worst=_worst(record),
         runs=[_run(record, row) for row in record.runs],
         recipe=record.recipe_text,
@@ -119,9 +121,9 @@ def _matched(record: Record) -> list[dict[str, Any]]:
             cells.append(
                 {
                     "value": signed(each.reward.value),
-                    "interval": f"[{signed(each.reward.low)}, {signed(each.reward.high)}]",
+                    "interval": range_of(each.reward),
                     "best": each.reward.value == max(other.reward.value for other in found.values()),
-                    "mark": "" if each.below is None else {1: "", 0: "≈", -1: "▲"}[side(each)],
+                    "mark": mark(each),
                     "below": "" if each.below is None else with_interval(each.below),
                 }
             )
@@ -135,25 +137,11 @@ def _colour(record: Record, method: str) -> str:
     return str(look(record, method)["color"]) if method in record.methods else "transparent"
 
 
-COST_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("runs", "Runs", lambda value: f"{value:.0f}"),
-    ("diverged", "Diverged", lambda value: f"{value:.0f}"),
-    ("seconds", "Time of a run", duration),
-    ("times_dpo", "Times {base}'s", lambda value: f"{value:.1f}"),
-    ("tokens", "Tokens computed", amount),
-    ("tokens_sampled", "Tokens sampled", amount),
-    ("peak_memory_bytes", "Peak memory", memory),
-    ("reward", "Best final reward", signed),
-    ("kl", "at a KL of", lambda value: f"{value:.1f}"),
-)
-
-
 def _costs(record: Record) -> list[dict[str, Any]]:
     rows = []
     for row in record.costs:
         shared = row["method"] not in record.section["methods"]
-        cells = [form(float(row[key])) if row.get(key) else "" for key, _, form in COST_COLUMNS]
-        rows.append({"label": row["label"], "shared": shared, "cells": cells})
+        rows.append({"label": row["label"], "shared": shared, "cells": cost_cells(row)})
     return rows
 
 
@@ -192,6 +180,7 @@ def _reply(record: Record, point: Point, reply: dict[str, Any]) -> dict[str, Any
         "setting": "" if point.method == START else point.setting,
         "kl": f"{point.kl:.1f}",
         "reward": signed(reply["reward"]),
+        "expected": record.is_best_of_n(point.method),
         "reply": text if len(text) <= REPLY_SHOWN else f"{text[:REPLY_SHOWN]}…",
     }
 

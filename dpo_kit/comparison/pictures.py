@@ -206,7 +206,11 @@ def _note(figure: Figure, sentences: Sequence[str]) -> None:
 
 
 def _kinds(record: Record) -> str:
-    bars = " Bars: one standard error over prompts." if any(map(record.replies, record.points)) else ""
+    bars = (
+        " Bars: one standard error over prompts; seeds are not in them."
+        if any(map(record.replies, record.points))
+        else ""
+    )
     lines = "Lines: each method's best points (solid: no RL; dashed: RL; dotted: Best-of-N)."
     return f"{lines} Faint: every evaluation, and the paths of single runs.{bars}"
 

@@ -1,4 +1,4 @@
-"""PPO as TRL has it (`trl.experimental.ppo`); the only file that imports trl, which must be installed.
+"""PPO as TRL has it (`trl.experimental.ppo`); beside `rloo` the only file that imports trl.
 
 What is added to TRL: replies end where this project's replies end, the padding token is never sampled,
 rewards are normalised by the first policy, kl_coef can steer to a KL, and a run whose numbers are lost stops.
@@ -98,7 +98,7 @@ def make_config(settings: dict[str, Any], train: PreferenceConfig, response_leng
     From the section train come output_dir, seed, precision (bf16, fp16), use_cpu and gradient_checkpointing.
     A reply ends where evaluation's ends (stop_token "eos") and is as long at most (`response_length`). The
     temperature stays TRL's 0.7 unless it is set: then PPO improves a sharper policy than the one that is
-    evaluated at temperature 1.
+    evaluated at temperature 1. TRL draws no samples for show, saves no checkpoints, and reports to nobody.
 
     Args:
         settings: `ppo.settings`, checked.

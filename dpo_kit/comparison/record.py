@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from dpo_kit.errors import InputError
+from dpo_kit.json_lines import read_lines
 
 # What the SFT policy is called among the methods.
 START = "sft"
@@ -152,7 +153,7 @@ class Record:
         return "SFT policy" if method == START else str(self.section["methods"][method]["label"])
 
     def is_best_of_n(self, method: str) -> bool:
-        return self._command(method) == "best_of_n"
+        return method != START and self._command(method) == "best_of_n"
 
     def with_rl(self, method: str) -> bool:
         return self._command(method) in ("ppo", "rloo")
@@ -197,12 +198,23 @@ class Record:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return read_lines(path)
         except ValueError as error:
             raise InputError(f"not JSON lines ({error})", file=path, mend="Run it again.") from error
 
     def rewards(self, point: Point) -> dict[str, float]:
         """Prompt (as JSON) -> mean reward of the replies to it, in the order of the prompts."""
+        place = self._place(point)
+        if place not in self._rewards:
+            self._rewards[place] = self._read_rewards(point)
+        return self._rewards[place]
+
+    @cached_property
+    def _rewards(self) -> dict[Path, dict[str, float]]:
+        """What `rewards` has read: tables and pictures ask for the same many times."""
+        return {}
+
+    def _read_rewards(self, point: Point) -> dict[str, float]:
         by_prompt: dict[str, list[float]] = {}
         for reply in self.replies(point):
             by_prompt.setdefault(json.dumps(reply["prompt"]), []).append(reply["reward"])

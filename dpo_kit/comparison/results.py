@@ -96,12 +96,19 @@ def write_runs(folder: Path, runs: Sequence[Run], failures: Mapping[str, str]) -
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A csv file with a header."""
+    """A csv file with a header; each row is one line, whatever stands in it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: _on_one_line(value) for key, value in row.items()} for row in rows)
     write_text(path, text.getvalue())
+
+
+def _on_one_line(value: Any) -> Any:
+    """Without line ends and other control characters: a bare carriage return splits a row, unquoted."""
+    if not isinstance(value, str):
+        return value
+    return "".join(c if c.isprintable() else " " for c in value).strip()
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -43,9 +43,12 @@ _FIXED = {
 
 
 def make_config(settings: dict[str, Any], train: PreferenceConfig, reply_tokens: int) -> RLOOConfig:
-    """RLOOConfig of a recipe: TRL's own defaults, but for what comes from the sections train and eval.
+    """RLOOConfig of a recipe: TRL's own defaults, but for what follows.
 
-    A step has `per_device_train_batch_size` replies, `num_generations` to each prompt.
+    From the section train come output_dir, seed, precision (bf16, fp16), use_cpu and gradient_checkpointing,
+    from eval the longest reply. Dropout is off unless `disable_dropout: false` is set, so that log-probs are
+    those of the policy that sampled. No checkpoints are saved, and nobody is reported to. A step has
+    `per_device_train_batch_size` replies, `num_generations` to each prompt.
 
     Args:
         settings: `ppo.settings`.

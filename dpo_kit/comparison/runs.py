@@ -22,6 +22,19 @@ _READ_BY = {
     "best_of_n": ("best_of_n",),
 }
 
+# What all runs share, or what `_run` itself sets: a method that changed it would not be compared, or change
+# nothing. Key -> what to do instead.
+_SAME_FOR_ALL = "It is the same for all methods: set it in the recipe."
+_NOT_OF_A_METHOD = dict.fromkeys(
+    ("model", "sft", "candidates", "frontier", "eval", "reward_model.loss", "reward_model.train"),
+    _SAME_FOR_ALL,
+) | {
+    "train.seed": "Name the method's seeds in `seeds`.",
+    "train.output_dir": "It follows from frontier.output_dir.",
+    "ppo.output_dir": "It follows from frontier.output_dir.",
+}
+_OF_A_METHOD = ("eval.every",)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -107,7 +120,10 @@ def _run(
     unread = [key for key, readers in _READ_BY.items() if section.command not in readers]
     content = {key: copy.deepcopy(value) for key, value in base.items() if key not in unread}
     place = str(folder / "runs" / name)
-    changes = section.set | swept | {"train.seed": seed, "train.output_dir": place}
+    changes = section.set | swept
+    for key in changes:
+        _check_key(method, key)
+    changes |= {"train.seed": seed, "train.output_dir": place}
     if "ppo" not in unread:
         changes["ppo.output_dir"] = place
     try:
@@ -118,3 +134,11 @@ def _run(
         field = f"frontier.methods.{method}: {error.field}"
         raise InputError(error.problem, field=field, mend=error.mend) from error
     return Run(method, section.label, section.command, setting, seed, name, recipe)
+
+
+def _check_key(method: str, key: str) -> None:
+    """Refuse what no method may set by itself."""
+    for name, mend in _NOT_OF_A_METHOD.items():
+        if key not in _OF_A_METHOD and f"{key}.".startswith(f"{name}."):
+            field = f"frontier.methods.{method}: {key}"
+            raise InputError("a method cannot change this", field=field, mend=mend)

@@ -1,28 +1,85 @@
-"""A comparison's tables for people: at the terminal, and as Markdown for a page."""
+"""A comparison's tables for people: their columns, marks and words, wherever they are shown.
+
+At the terminal and as Markdown here; `page` has the same in HTML.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from dpo_kit.comparison.results import read_table
+from dpo_kit.comparison.findings import intervals, side, signed
+from dpo_kit.comparison.record import Interval, Level, Record
+from dpo_kit.report.summary import amount, duration, memory
 
-Row = dict[str, str]
-Table = tuple[str, list[str], list[list[str]]]
+
+class Table(NamedTuple):
+    """A table in words; `note` stands below it."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+# How a method stands to the base at a KL: see `findings.side`.
+MARKS = {1: "▼", 0: "≈", -1: "▲"}
+
+COST_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("runs", "Runs", lambda value: f"{value:.0f}"),
+    ("diverged", "Diverged", lambda value: f"{value:.0f}"),
+    ("seconds", "Time of a run", duration),
+    ("times_dpo", "Time, {base} = 1", lambda value: f"{value:.1f}"),
+    ("tokens", "Tokens computed", amount),
+    ("tokens_sampled", "Tokens sampled", amount),
+    ("peak_memory_bytes", "Peak memory", memory),
+    ("reward", "Best final reward", signed),
+    ("kl", "at a KL of", lambda value: f"{value:.1f}"),
+)
+
+
+def mark(level: Level) -> str:
+    """Whether a method is below or above the base; nothing for the base, and where the base is not there."""
+    return "" if level.below is None else MARKS[side(level)]
+
+
+def range_of(found: Interval) -> str:
+    return f"[{signed(found.low)}, {signed(found.high)}]"
+
+
+def legend(record: Record) -> str:
+    """What the marks and the intervals of rewards at matched KL say."""
+    base = record.label(record.base)
+    return (
+        f"▼ below {base} beyond chance, ▲ above it, ≈ not to be told apart (whether the 95% interval of the "
+        f"difference holds 0); no mark where {base} does not reach that KL. {intervals(record)}"
+    )
+
+
+def cost_header(record: Record) -> list[str]:
+    return [name.format(base=record.label(record.base)) for _, name, _ in COST_COLUMNS]
+
+
+def cost_cells(row: dict[str, str]) -> list[str]:
+    """A line of costs.csv in words, a cell for each of `COST_COLUMNS`; empty where there is no figure."""
+    return [form(float(row[key])) if row.get(key) else "" for key, _, form in COST_COLUMNS]
 
 
 def tables(folder: Path) -> list[Table]:
-    """Title, header and rows of each table: reward at matched KL, costs, and runs that did not end well."""
-    found = [_matched(read_table(folder / "matched.csv")), _costs(read_table(folder / "costs.csv"))]
-    bad = [row for row in read_table(folder / "runs.csv") if row["outcome"] != "done"]
+    """Reward at matched KL, costs, and the runs that did not end well, where there are such."""
+    record = Record(folder)
+    found = [_matched(record), _costs(record)]
+    bad = [row for row in record.runs if row["outcome"] != "done"]
     if bad:
         rows = [[row["run"], row["outcome"], row["step"], row["problem"]] for row in bad]
-        found.append(
-            ("Runs that did not end as planned", ["run", "how", "last measured at step", "why"], rows)
-        )
+        header = ["Run", "How", "Last measured at step", "Why"]
+        found.append(Table("Runs that did not end as planned", header, rows, ""))
     return found
 
 
@@ -31,60 +88,54 @@ def print_tables(folder: Path) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
         console.width = 160
-    for title, header, rows in tables(folder):
-        table = RichTable(title=title, title_justify="left")
+    for title, header, rows, note in tables(folder):
+        # Text is shown as it is: what stands in brackets would else be markup.
+        table = RichTable(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
         for place, name in enumerate(header):
-            table.add_column(name, justify="left" if place == 0 else "right")
+            table.add_column(Text(name), justify="left" if place == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         console.print(table)
 
 
 def markdown_tables(folder: Path) -> str:
     """The same as Markdown, for a README."""
     parts = []
-    for title, header, rows in tables(folder):
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        parts.append(f"**{title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    for title, header, rows, note in tables(folder):
+        lines = [_row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *(_row(row) for row in rows)]
+        parts += [f"**{_escaped(title)}**", "\n".join(lines), *([_escaped(note)] if note else [])]
     return "\n\n".join(parts)
 
 
-def _matched(rows: Sequence[Row]) -> Table:
-    """Methods down, levels across; marked where the interval of the difference from DPO leaves out 0."""
-    levels = list(dict.fromkeys(row["kl"] for row in rows))
-    by_method: dict[str, list[str]] = {}
-    for row in rows:
-        by_method.setdefault(row["label"], []).append(_reward(row))
-    header = ["method", *(f"KL {float(level):g}" for level in levels)]
-    title = "True reward at matched KL, 95% interval (▼ below DPO beyond chance, ▲ above)"
-    return title, header, [[label, *cells] for label, cells in by_method.items()]
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(map(_escaped, cells))} |"
 
 
-def _reward(row: Row) -> str:
-    if not row["reward"]:
-        return ""
-    mark = ""
-    if row["difference_low"]:
-        mark = " ▼" if float(row["difference_low"]) > 0 else " ▲" if float(row["difference_high"]) < 0 else ""
-    return f"{float(row['reward']):+.2f} [{float(row['low']):+.2f}, {float(row['high']):+.2f}]{mark}"
+def _escaped(text: str) -> str:
+    """What Markdown would take for the end of a cell, for HTML or for emphasis."""
+    return re.sub(r"([\\|<*`])", r"\\\1", text)
 
 
-_COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("runs", "runs", lambda value: f"{value:.0f}"),
-    ("seconds", "s a run", lambda value: f"{value:.0f}"),
-    ("times_dpo", "x DPO", lambda value: f"{value:.1f}"),
-    ("tokens", "tokens, M", lambda value: f"{value / 1e6:.2f}"),
-    ("tokens_sampled", "sampled, M", lambda value: f"{value / 1e6:.2f}"),
-    ("peak_memory_bytes", "peak, GB", lambda value: f"{value / 1e9:.2f}"),
-    ("reward", "best reward", lambda value: f"{value:+.2f}"),
-    ("kl", "at KL", lambda value: f"{value:.1f}"),
-)
-
-
-def _costs(rows: Sequence[Row]) -> Table:
-    header = ["method", *(name for _, name, _ in _COSTS)]
-    body = [
-        [row["label"], *(form(float(row[key])) if row[key] else "" for key, _, form in _COSTS)]
-        for row in rows
+def _matched(record: Record) -> Table:
+    """Methods down, levels across."""
+    levels = {level: record.matched(level) for level in record.levels}
+    rows = [
+        [record.label(method), *(_reward(found.get(method)) for found in levels.values())]
+        for method in record.section["methods"]
     ]
-    return "What it costs: means over a method's finished runs, and work that is shared", header, body
+    header = ["Method", *(f"KL {level:g}" for level in levels)]
+    title = "Mean true reward at matched KL, with its 95% interval"
+    return Table(title, header, rows, f"{legend(record)}.")
+
+
+def _reward(level: Level | None) -> str:
+    if level is None:
+        return ""
+    return f"{signed(level.reward.value)} {range_of(level.reward)} {mark(level)}".strip()
+
+
+def _costs(record: Record) -> Table:
+    header = ["Method", *cost_header(record)]
+    body = [[row["label"], *cost_cells(row)] for row in record.costs]
+    title = "What it costs: means over a method's finished runs, and work that is shared"
+    return Table(title, header, body, "What is shared is done once for all runs, and is not in theirs.")

@@ -65,8 +65,8 @@ class EndpointJudge(Judge):
     answer without a line `Preferred: A`, `B` or `tie`, or with several that differ, is asked for once more
     with a reminder; then the comparison has no verdict.
 
-    An answer that can be read is appended at once to <cache>/judge/<endpoint and model>.jsonl under a digest of
-    all that was asked, and never asked for again; so a run that was stopped goes on where it was. One that
+    An answer that can be read is appended at once to <cache>/judge/<endpoint and model>.jsonl under a digest
+    of all that was asked, and never asked for again; so a run that was stopped goes on where it was. One that
     cannot be read (empty, refused, cut off) is not kept: the next run asks again.
     """
 
@@ -127,8 +127,9 @@ class EndpointJudge(Judge):
 
     def described(self) -> dict[str, Any]:
         """See `Judge.described`: also the prompt, with its digest, and the settings of a request."""
-        template = hashlib.sha256(json.dumps(self._template).encode()).hexdigest()
-        prompt = {"prompt": str(self.options.prompt), "prompt_sha256": template}
+        text = "".join(f"{{{piece}}}" if i % 2 else piece for i, piece in enumerate(self._template))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        prompt = {"prompt": str(self.options.prompt), "prompt_sha256": digest}
         return super().described() | prompt | {"settings": self._settings}
 
     def _ask(self, texts: Sequence[str], reminder: str, progress: Progress | None) -> dict[str, str | None]:

@@ -21,7 +21,7 @@ Progress = Callable[[int, int], None]
 """(answers there are, answers that are wanted)."""
 
 DEFAULT_KEY = "OPENAI_API_KEY"
-_URLS = ("http://", "https://")
+URLS = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def load_judge(
     Raises:
         InputError: the spec is none of these, or what it names cannot be had.
     """
-    if spec.startswith(_URLS):
+    if spec.startswith(URLS):
         from dpo_kit.evaluation.endpoint import EndpointJudge
 
         url, _, model = spec.partition("#")

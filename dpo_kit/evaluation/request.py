@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dpo_kit.errors import InputError
-from dpo_kit.evaluation.judges import EndpointOptions
+from dpo_kit.evaluation.judges import URLS, EndpointOptions
 from dpo_kit.pairs.options import LoadOptions
 
 OPPONENTS = ("reference", "chosen")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_BETA = 0.1
+# Fields whose option is given once for each.
+_SINGULAR = {"temperatures": "temperature", "settings": "setting"}
+_NOTHING_TO_MEASURE = "nothing is sampled: give --reward, --reference, --prompts, or --data with --judge"
+# How rows are loaded where nothing is said.
+_LOAD = LoadOptions(invalid="drop")
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class EvalRequest:
         max_prompts: prompts beyond these, and in `agreement` their pairs, are not looked at.
         max_new_tokens: longest reply.
         batch_size: prompts generated at once; part of what the seed determines.
+        top_p: nucleus sampling below 1.
         seed: of the samples, the reference's too; the same model then gives the same replies.
-        beta: of the implicit reward beta (log pi - log pi_ref).
+        beta: of the implicit reward beta (log pi - log pi_ref) of pairs; None for 0.1.
+        chat_template_kwargs: for prompts and pairs that are messages.
         tokenizer: folder or hub id; default: beside the model.
         dtype: of the weights.
         max_length: longer pairs are left out, and counted; None for no limit.
@@ -49,7 +59,7 @@ class EvalRequest:
     model: str
     reference: str | None = None
     data: Sequence[str] = ()
-    load: LoadOptions = field(default_factory=lambda: LoadOptions(invalid="drop"))
+    load: LoadOptions = _LOAD
     prompts: Path | None = None
     judges: Sequence[str] = ()
     endpoint: EndpointOptions = field(default_factory=EndpointOptions)
@@ -62,8 +72,10 @@ class EvalRequest:
     max_prompts: int | None = 256
     max_new_tokens: int = 64
     batch_size: int = 64
+    top_p: float = 1.0
     seed: int = 0
-    beta: float = 0.1
+    beta: float | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     dtype: str = "float32"
     max_length: int | None = None
@@ -80,6 +92,20 @@ class EvalRequest:
         wanted = self.prompts or self.reward or self.reference or (self.judges and self.opponents())
         return self.samples > 0 and bool(wanted)
 
+    @property
+    def beta_or_default(self) -> float:
+        """`beta`, or the default."""
+        return _BETA if self.beta is None else self.beta
+
+    def described(self) -> dict[str, Any]:
+        """What determines the figures besides model, reference, data, prompts and judges, in JSON's types."""
+        names = ["reward", "temperatures", "reference_temperature", "top_p", "samples", "max_prompts"]
+        names += ["max_new_tokens", "batch_size", "seed", "tokenizer", "dtype", "max_length", "tokens"]
+        found = {name: getattr(self, name) for name in names} | {"temperatures": list(self.temperatures)}
+        loading = asdict(self.load) if self.data else None
+        kwargs = dict(self.chat_template_kwargs)
+        return found | {"beta": self.beta_or_default, "chat_template_kwargs": kwargs, "load": loading}
+
     def check(self) -> None:
         """Refuse what contradicts itself.
 
@@ -92,23 +118,55 @@ class EvalRequest:
     def _problems(self) -> Iterable[tuple[str, str]]:
         if not self.data and not self.prompts:
             yield "there is nothing to evaluate on: give pairs, or a file of prompts", "--data"
-        if self.dtype not in _DTYPES:
-            yield f"unknown dtype '{self.dtype}'; known: {', '.join(_DTYPES)}", "--dtype"
+        if self.dtype not in DTYPES:
+            yield f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}", "--dtype"
         for name in ("max_prompts", "max_new_tokens", "batch_size", "tokens", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"expected 1 or more, got {getattr(self, name)}", f"--{name.replace('_', '-')}"
         if self.samples < 0:
             yield f"expected 0 or more, got {self.samples}", "--samples"
-        if self.beta <= 0:
+        if not 0 < self.beta_or_default < math.inf:
             yield f"expected more than 0, got {self.beta}", "--beta"
-        temperatures = [*self.temperatures, self.reference_temperature or 0.0]
-        if not self.temperatures or min(temperatures) < 0:
+        if not 0 < self.top_p <= 1:
+            yield f"expected more than 0 and at most 1, got {self.top_p}", "--top-p"
+        if not self.temperatures or not all(0 <= t < math.inf for t in self.temperatures):
             yield "expected temperatures of 0 or more", "--temperature"
+        if not 0 <= (self.reference_temperature or 0.0) < math.inf:
+            yield "expected a temperature of 0 or more", "--reference-temperature"
         if 0 in (*self.temperatures, self.reference_temperature) and self.samples > 1:
             yield "several replies at temperature 0 would be the same: ask for one", "--samples"
         if self.reference_temperature is not None and self.reference is None:
             yield "there is no reference to sample from: give --reference", "--reference-temperature"
+        yield from self._idle()
         yield from self._problems_of_judges()
+
+    def _idle(self) -> Iterable[tuple[str, str]]:
+        """Options that would change nothing."""
+        if self.prompts is not None and self.samples == 0:
+            yield "prompts are there to sample on, and --samples is 0", "--prompts"
+        if self.reward is not None and self.samples == 0:
+            yield "it is the reward of samples, and --samples is 0", "--reward"
+        if not self.draws:
+            why = "nothing is sampled" if self.samples == 0 else _NOTHING_TO_MEASURE
+            for name, default in (("temperatures", (1.0,)), ("top_p", 1.0), ("reference_temperature", None)):
+                if getattr(self, name) != default:
+                    yield why, f"--{_SINGULAR.get(name, name).replace('_', '-')}"
+            if self.samples > 1:
+                yield why, "--samples"
+        if self.beta is not None and not (self.data and self.reference):
+            yield "it is that of the implicit reward of pairs: give --data and --reference", "--beta"
+        if not self.data:
+            if self.max_length is not None:
+                yield "it is that of pairs: give --data", "--max-length"
+            for each in fields(LoadOptions):
+                if each.name != "seed" and getattr(self.load, each.name) != getattr(_LOAD, each.name):
+                    option = "map" if each.name == "mapping" else each.name.replace("_", "-")
+                    yield "it is how --data is loaded, and there is none", f"--{option}"
+        if not any(spec.startswith(URLS) for spec in self.judges):
+            for each in fields(EndpointOptions):
+                if getattr(self.endpoint, each.name) != getattr(EndpointOptions(), each.name):
+                    option = f"--judge-{_SINGULAR.get(each.name, each.name).replace('_', '-')}"
+                    yield "there is no judge behind an endpoint: give --judge http(s)://HOST/v1#MODEL", option
 
     def _problems_of_judges(self) -> Iterable[tuple[str, str]]:
         for name in self.against:
