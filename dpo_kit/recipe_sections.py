@@ -7,9 +7,12 @@ import re
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator
 
 from dpo_kit.pairs import LoadOptions
+
+SourceList = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""Sources of rows or texts; one may stand alone."""
 
 
 class Section(BaseModel):
@@ -61,8 +64,10 @@ _LoadSection = create_model(
 class DataSection(_LoadSection):
     """Preference data, how it is loaded (`LoadOptions`) and how it becomes tokens."""
 
-    train: list[str] = Field(default_factory=list, description="files, folders, globs, hf://owner/name@split")
-    eval: list[str] = Field(default_factory=list, description="held-out pairs")
+    train: SourceList = Field(
+        default_factory=list, description="files, folders, globs, hf://owner/name@split"
+    )
+    eval: SourceList = Field(default_factory=list, description="held-out pairs")
     max_length: int | None = Field(1024, ge=2, description="prompt + reply, in tokens")
     overlong: Literal["drop", "cut_prompt_left", "cut_completion_right"] = Field(
         "drop", description="beyond it"
@@ -73,11 +78,6 @@ class DataSection(_LoadSection):
         None, description="of token ids; default $DPO_KIT_CACHE or ~/.cache/dpo_kit"
     )
 
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
 
 class SftSection(Section):
     """Supervised training of the policy on plain text before the preferences.
@@ -85,16 +85,11 @@ class SftSection(Section):
     From `model.path`, or from `model.config` with a tokenizer that is learned on the corpus.
     """
 
-    corpus: list[str] = Field(description="text files, one document a line; or sources with a field text")
+    corpus: SourceList = Field(description="text files, one document a line; or sources with a field text")
     documents: int | None = Field(None, ge=1, description="the first so many; default: all")
     vocabulary: int = Field(1024, ge=300, description="of the byte-level BPE learned for a model.config")
     max_length: int = Field(128, ge=2, description="tokens; a longer document is cut, and counted")
     train: dict[str, Any] = Field(default_factory=dict, description="as the section train")
-
-    @field_validator("corpus", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class EvalSection(Section):
@@ -123,7 +118,7 @@ class CandidatesSection(Section):
     replies to a prompt, and further prompts, none of them used for pairs, to evaluate on.
     """
 
-    source: list[str] = Field(description="text files, or sources with a field prompt, or text")
+    source: SourceList = Field(description="text files, or sources with a field prompt, or text")
     prefix_tokens: tuple[int, int] | None = Field(
         None, description="[least, most]: prompts are the first tokens of each text; default: whole prompts"
     )
@@ -140,11 +135,6 @@ class CandidatesSection(Section):
         "best", description="the better reply is chosen; or with probability sigmoid(difference of rewards)"
     )
     seed: int = 0
-
-    @field_validator("source", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class RewardModelSection(Section):
