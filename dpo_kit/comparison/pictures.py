@@ -115,7 +115,7 @@ def frontier(record: Record) -> Figure | None:
 
 
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(9, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9 if columns < 3 else 12, height), dpi=DPI, layout="constrained")
     figure.set_facecolor("white")
     return figure, figure.subplots(rows, columns, sharex="col" if rows > 1 else "none")
 
@@ -232,17 +232,21 @@ def _outside(record: Record, x: float, y: tuple[float, float]) -> list[str]:
 
 
 def convergence(record: Record) -> Figure | None:
-    """Reward and KL against seconds and tokens, a curve for each method that trains."""
+    """Reward and KL against steps, seconds and tokens, a curve for each method that trains."""
     trained = [method for method in record.methods if not record.is_best_of_n(method)]
     best = {method: run for method in trained if (run := best_run(record, method))}
     if not best:
         return None
-    figure, grid = _figure(6.2, 2, 2)
-    across = ("seconds", "seconds of training, one worker"), ("tokens", "tokens computed in training")
+    figure, grid = _figure(6.2, 2, 3)
+    across = (
+        ("step", "steps (PPO: updates)"),
+        ("seconds", "seconds of training, one worker"),
+        ("tokens", "tokens computed in training"),
+    )
     up = ("reward", "mean true reward"), ("kl", "KL to the reference (nats)")
     for row, (key, ylabel) in zip(grid, up, strict=True):
         for axes, (x, xlabel) in zip(row, across, strict=True):
-            dress(axes, ylabel if x == "seconds" else "")
+            dress(axes, ylabel if x == "step" else "")
             for method, run in best.items():
                 found = [p for p in run if p.finite and getattr(p, x) > 0]
                 values = [getattr(p, x) for p in found], [getattr(p, key) for p in found]
@@ -254,7 +258,9 @@ def convergence(record: Record) -> Figure | None:
             _logarithmic(axes, "xy" if key == "kl" else "x")
             if key == "kl":
                 axes.set_xlabel(xlabel)
-    figure.suptitle("Reward and KL against time and work", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(
+        "Reward and KL against steps, time and work", x=0.01, ha="left", fontsize=12, fontweight="bold"
+    )
     handles = [_handle_of_run(record, method, run) for method, run in best.items()]
     handles.append(Line2D([], [], color=GREY, linewidth=1, label=f"{record.label(START)} (reward)"))
     _legend(figure, handles)
