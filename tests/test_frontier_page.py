@@ -81,10 +81,10 @@ def change_table(path: Path, change) -> None:
 
 def test_the_pictures_are_those_of_a_readme(folder: Path) -> None:
     assert [path.name for path in draw(folder)] == ["frontier.png", "convergence.png"]
-    for name in ("frontier", "convergence"):
+    for name, width in (("frontier", 1080), ("convergence", 1440)):
         path = folder / f"{name}.png"
         assert path.stat().st_size < 300_000
-        assert image.open(path).size[0] == 1080
+        assert image.open(path).size[0] == width
 
 
 def test_every_method_is_in_the_pictures_with_a_look_of_its_own(folder: Path) -> None:

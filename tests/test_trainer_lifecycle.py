@@ -10,7 +10,7 @@ from test_trainer import first_rows, make_dataset, make_trainer, step_gradients
 
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
-from dpo_kit.losses import loss_names, make_objective, register_loss
+from dpo_kit.losses import loss_names, make_objective, register_loss, registry
 from dpo_kit.run_folder import digest_recipe, is_finished
 from dpo_kit.trainer import PreferenceTrainer
 
@@ -169,7 +169,10 @@ def test_a_weight_that_is_no_number_names_its_row(tmp_path):
         make_trainer(tmp_path, dataset=data).train()
 
 
-def test_losses_of_ones_own_are_checked_before_a_run():
+def test_losses_of_ones_own_are_checked_before_a_run(monkeypatch):
+    # Other tests know the package's own.
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+
     @register_loss("column_of_values")
     def column(logps):
         return logps.chosen[:, None]
