@@ -117,6 +117,7 @@ def compared(world):
 
 def test_every_run_is_carried_out_and_told_how_it_ended(compared):
     found, said, folder = compared
+    assert not list((folder / "runs").glob("*.1")), "nothing was there to be put aside"
     outcomes = {row["run"]: row["outcome"] for row in found["runs"]}
     assert outcomes == {
         "dpo-beta=0.1-seed0": "done",

@@ -166,7 +166,9 @@ def _job(run: Run) -> Job:
     place.parent.mkdir(parents=True, exist_ok=True)
     resolved = run.recipe.resolved(run.recipe.training_config())
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    if run.folder.exists() and (not place.exists() or place.read_text(encoding="utf-8") != text):
+    known = place.exists() and place.read_text(encoding="utf-8") == text
+    # An empty folder is there already where the reference was computed with this run's recipe.
+    if not known and run.folder.exists() and any(run.folder.iterdir()):
         put_aside(run.folder)
     write_text(place, text)
     return Job(run.name, run.command, place, place.with_suffix(".log"))
