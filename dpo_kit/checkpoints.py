@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def put_aside(folder: Path) -> Path:
     """Rename a folder to the first free name.N; the new name."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside
+    return folder.rename(free_name(folder))
+
+
+def free_name(folder: Path) -> Path:
+    """The first of name.1, name.2, ... that nothing has."""
+    return next(aside for n in count(1) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
 
 
 def name_whole(written: Path, final: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from dpo_kit import comparison_cli, evaluation_cli, sample_cli
-from dpo_kit.cli_options import Json, Sources, say, with_load_options
+from dpo_kit.cli_options import Json, Sources, say, silent, with_load_options
 from dpo_kit.data_cli import data_app
 from dpo_kit.pairs.options import LoadOptions
 
@@ -65,7 +65,7 @@ def train(
     loaded = Recipe.load(recipe, overrides or [])
     # A reward of the user's own may print; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_recipe(loaded, resume=resume, say=_silent if as_json else say)
+        result = run_recipe(loaded, resume=resume, say=silent if as_json else say)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
@@ -129,7 +129,7 @@ def bench(
 
     loaded = None if recipe is None else Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        found = run_bench(loaded, steps=steps, out=out, say=_silent if as_json else say)
+        found = run_bench(loaded, steps=steps, out=out, say=silent if as_json else say)
     if as_json:
         print(json.dumps(found))
     else:
@@ -166,7 +166,7 @@ def cache_fill(
 
     loaded = Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        figures = fill_cache(loaded, say=_silent if as_json else say)
+        figures = fill_cache(loaded, say=silent if as_json else say)
     if as_json:
         print(json.dumps(figures))
 
@@ -270,10 +270,6 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
             value = summary[key] / 2**30 if key == "peak_memory_bytes" else summary[key]
             rows.append((label, form.format(value)))
     return rows
-
-
-def _silent(line: str) -> None:
-    """Nothing: a program reads the output."""
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

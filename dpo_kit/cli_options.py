@@ -62,6 +62,10 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def silent(line: str) -> None:
+    """Nothing: a program reads the output."""
+
+
 def print_json(value: Any) -> None:
     """Print one line of JSON, in ASCII where stdout cannot take its characters."""
     text = json.dumps(value, ensure_ascii=False)
@@ -88,19 +92,28 @@ def with_load_options(
     """
     shown = [field for field in fields(LoadOptions) if field.name not in without]
 
+    def made(given: dict[str, Any]) -> LoadOptions:
+        return LoadOptions.of(**given | {"mapping": mapping_of(given["mapping"] or [])})
+
+    return _made_of("options", [_parameter(field, defaults) for field in shown], made)
+
+
+def _made_of(
+    argument: str, options: Sequence[inspect.Parameter], made: Callable[[dict[str, Any]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for a command: options in place of an argument, which is `made` of their values."""
+
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def called(**given: Any) -> None:
-            loading = {field.name: given.pop(field.name) for field in shown}
-            loading["mapping"] = mapping_of(loading["mapping"] or [])
-            command(**given, options=LoadOptions.of(**loading))
+            values = {option.name: given.pop(option.name) for option in options}
+            command(**given, **{argument: made(values)})
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [parameter for parameter in own if parameter.name != "options"]
-        parameters += [_parameter(field, defaults) for field in shown]
+        parameters = [*(parameter for parameter in own if parameter.name != argument), *options]
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del called.__wrapped__  # its annotations speak of `options`
+        del called.__wrapped__  # its annotations speak of the argument
         return called
 
     return decorate
@@ -149,3 +162,63 @@ def _readings(text: str) -> list[Any]:
     except ValueError:
         return [text]
     return [text] if isinstance(value, list | dict | str) else [text, value]
+
+
+# Options of a judge behind an endpoint: the field of `EndpointOptions` -> type, default, help.
+_JUDGE: dict[str, tuple[Any, Any, str]] = {
+    "model": (str | None, None, "Model's name, where the URL has none."),
+    "prompt": (
+        str,
+        "helpfulness",
+        "File with {prompt}, {first}, {second} (and {fence}); or helpfulness, summary.",
+    ),
+    "key_env": (
+        str | None,
+        None,
+        "Variable with the key; default: $OPENAI_API_KEY for api.openai.com, none for others.",
+    ),
+    "concurrency": (int, 8, "Requests at a time."),
+    "retries": (int, 6, "Of one request."),
+    "timeout": (float, 120.0, "Seconds for one answer."),
+    "setting": (
+        list[str] | None,
+        None,
+        "name=JSON of a request, e.g. max_tokens=null max_completion_tokens=4000.",
+    ),
+}
+
+
+def with_judge_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A decorator for a command that takes `endpoint: EndpointOptions`: its fields become --judge-options."""
+    options = [
+        inspect.Parameter(
+            f"judge_{name}",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[kind, typer.Option(help=words, rich_help_panel="Judges behind an endpoint")],
+        )
+        for name, (kind, default, words) in _JUDGE.items()
+    ]
+
+    def made(given: dict[str, Any]) -> Any:
+        from dpo_kit.evaluation.judges import EndpointOptions
+
+        fields = {name.removeprefix("judge_"): value for name, value in given.items()}
+        return EndpointOptions(settings=_settings_of(fields.pop("setting") or []), **fields)
+
+    return _made_of("endpoint", options, made)(command)
+
+
+def _settings_of(given: Sequence[str]) -> dict[str, Any]:
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            equals = ""
+        if not name or not equals:
+            raise InputError(
+                f"expected name=JSON, found '{text}'", field="--judge-setting", mend="As in max_tokens=1000"
+            )
+    return settings

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_kit.cli_options import Json, say
+from dpo_kit.cli_options import Json, say, silent
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see recipes/.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value ...")]
@@ -30,7 +30,7 @@ def ppo(
 
     loaded = Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_ppo(loaded, resume=resume, say=_quiet if as_json else say)
+        result = run_ppo(loaded, resume=resume, say=silent if as_json else say)
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
@@ -51,13 +51,9 @@ def frontier(
 
     with contextlib.redirect_stdout(sys.stderr):
         found: dict[str, Any] = run_frontier(
-            recipe, overrides or [], quick=quick, say=_quiet if as_json else say
+            recipe, overrides or [], quick=quick, say=silent if as_json else say
         )
     if as_json:
         print(json.dumps(found))
     if found["failed"]:
         raise typer.Exit(1)
-
-
-def _quiet(line: str) -> None:
-    """A program reads the output."""

@@ -19,17 +19,8 @@ from dpo_kit.cli_options import (
     print_json,
     say,
     take_any_text,
+    with_judge_options,
     with_load_options,
-)
-from dpo_kit.evaluation_cli import (
-    JudgeConcurrency,
-    JudgeKeyEnv,
-    JudgeModel,
-    JudgePrompt,
-    JudgeRetries,
-    JudgeSetting,
-    JudgeTimeout,
-    endpoint_options,
 )
 from dpo_kit.pairs.options import LoadOptions
 
@@ -178,11 +169,13 @@ def split(
 
 
 @data_app.command("build")
+@with_judge_options
 def build(
     sources: Annotated[
         list[str], typer.Argument(help="Candidates: prompt and completions, as `dpo-kit sample` writes them.")
     ],
     out: Annotated[Path, typer.Option("--out", help="File to write, as of convert.")],
+    endpoint: Any,
     reward: Annotated[
         str | None,
         typer.Option(help="FILE.py:FUNCTION, classifier:MODEL[@LABEL] or model:REWARD_MODEL: gives scores."),
@@ -201,13 +194,6 @@ def build(
     pairs: Annotated[str, typer.Option(help="all, best_worst, adjacent or random:k.")] = "all",
     min_margin: Annotated[float | None, typer.Option(help="Leave out pairs whose scores lie closer.")] = None,
     seed: Annotated[int, typer.Option(help="Of labels and of random:k.")] = 0,
-    judge_model: JudgeModel = None,
-    judge_prompt: JudgePrompt = "helpfulness",
-    judge_key_env: JudgeKeyEnv = None,
-    judge_concurrency: JudgeConcurrency = 8,
-    judge_retries: JudgeRetries = 6,
-    judge_timeout: JudgeTimeout = 120.0,
-    judge_setting: JudgeSetting = None,
     as_json: Json = False,
 ) -> None:
     """Candidates and a reward, or a judge -> pairs with margins, or ranked lists with scores."""
@@ -225,15 +211,6 @@ def build(
         else:
             from dpo_kit.evaluation.judges import load_judge
 
-            endpoint = endpoint_options(
-                judge_model,
-                judge_prompt,
-                judge_key_env,
-                judge_concurrency,
-                judge_retries,
-                judge_timeout,
-                judge_setting,
-            )
             score = by_judge(load_judge(str(judge), endpoint).compare)
         with _ending_cleanly():
             account = build_file(sources, out, score, labelling)

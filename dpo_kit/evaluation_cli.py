@@ -8,47 +8,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from dpo_kit.cli_options import Json, naming_options, print_json, say, with_load_options
+from dpo_kit.cli_options import (
+    Json,
+    naming_options,
+    print_json,
+    say,
+    silent,
+    with_judge_options,
+    with_load_options,
+)
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.options import LoadOptions
 
-if TYPE_CHECKING:
-    from dpo_kit.evaluation.judges import EndpointOptions
+_SAMPLING = "How replies are sampled"
 
-_JUDGES, _SAMPLING = "Judges behind an endpoint", "How replies are sampled"
-
-# The options of `endpoint_options`, for every command that asks a judge.
-JudgeModel = Annotated[
-    str | None, typer.Option(help="Model's name, where the URL has none.", rich_help_panel=_JUDGES)
-]
-JudgePrompt = Annotated[
-    str,
-    typer.Option(
-        help="File with {prompt}, {first}, {second} (and {fence}); or helpfulness, summary.",
-        rich_help_panel=_JUDGES,
-    ),
-]
-JudgeKeyEnv = Annotated[
-    str | None,
-    typer.Option(
-        help="Variable with the key; default: $OPENAI_API_KEY for api.openai.com, none for others.",
-        rich_help_panel=_JUDGES,
-    ),
-]
-JudgeConcurrency = Annotated[int, typer.Option(help="Requests at a time.", rich_help_panel=_JUDGES)]
-JudgeRetries = Annotated[int, typer.Option(help="Of one request.", rich_help_panel=_JUDGES)]
-JudgeTimeout = Annotated[float, typer.Option(help="Seconds for one answer.", rich_help_panel=_JUDGES)]
-JudgeSetting = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="name=JSON of a request, e.g. max_tokens=null max_completion_tokens=4000.",
-        rich_help_panel=_JUDGES,
-    ),
-]
 _FIELDS = {
     "eval.prompts": "--prompts",
     "eval.samples": "--samples",
@@ -60,31 +37,12 @@ _FIELDS = {
 }
 
 
-def endpoint_options(
-    model: str | None,
-    prompt: str,
-    key_env: str | None,
-    concurrency: int,
-    retries: int,
-    timeout: float,
-    setting: Sequence[str] | None,
-) -> EndpointOptions:
-    """From the values of the options of the same names.
-
-    Raises:
-        InputError: a setting that is no name=JSON.
-    """
-    from dpo_kit.evaluation.judges import EndpointOptions
-
-    return EndpointOptions(
-        model, prompt, key_env, concurrency, retries, timeout, settings=_settings(setting or [])
-    )
-
-
+@with_judge_options
 @with_load_options(invalid="drop", without=("seed",))
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a causal LM.")],
     options: LoadOptions,
+    endpoint: Any,
     reference: Annotated[str | None, typer.Option(help="The model it is compared with.")] = None,
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Pairs: files, folders, hf://...; as often as given.")
@@ -132,13 +90,6 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(help="Of the samples, and of --pairs random:k.", rich_help_panel=_SAMPLING)
     ] = 0,
-    judge_model: JudgeModel = None,
-    judge_prompt: JudgePrompt = "helpfulness",
-    judge_key_env: JudgeKeyEnv = None,
-    judge_concurrency: JudgeConcurrency = 8,
-    judge_retries: JudgeRetries = 6,
-    judge_timeout: JudgeTimeout = 120.0,
-    judge_setting: JudgeSetting = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: beside the model.")
     ] = None,
@@ -154,15 +105,6 @@ def evaluate(
 
     if out is not None and out.exists() and not out.is_dir():
         raise InputError("this is a file", file=out, field="--out", mend="Name a folder.")
-    endpoint = endpoint_options(
-        judge_model,
-        judge_prompt,
-        judge_key_env,
-        judge_concurrency,
-        judge_retries,
-        judge_timeout,
-        judge_setting,
-    )
     request = EvalRequest(
         model=model,
         reference=reference,
@@ -190,7 +132,7 @@ def evaluate(
         tokens=tokens,
     )
     with contextlib.redirect_stdout(sys.stderr), naming_options(_FIELDS):
-        found = evaluate_model(request, say=_quiet if as_json else say)
+        found = evaluate_model(request, say=silent if as_json else say)
     if out is not None:
         found.write(out)
     if as_json:
@@ -210,21 +152,6 @@ def _template_settings(given: str | None) -> dict[str, Any]:
         mend = """As in '{"enable_thinking": false}'"""
         raise InputError("expected a JSON object", field="--chat-template-kwargs", mend=mend)
     return found
-
-
-def _settings(given: Sequence[str]) -> dict[str, Any]:
-    settings = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        try:
-            settings[name] = json.loads(value)
-        except ValueError:
-            equals = ""
-        if not name or not equals:
-            raise InputError(
-                f"expected name=JSON, found '{text}'", field="--judge-setting", mend="As in max_tokens=1000"
-            )
-    return settings
 
 
 def _show(figures: dict[str, Any]) -> None:
@@ -291,7 +218,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def _quiet(line: str) -> None:
-    """A program reads the output."""

@@ -134,11 +134,12 @@ def write_origin(
     config: PreferenceConfig,
     policy: PreTrainedModel,
     data: dict[str, Dataset | None],
-) -> None:
-    """recipe.yaml and environment.json: what the run is made from, and in."""
+) -> dict[str, Any]:
+    """Write recipe.yaml and environment.json, what the run is made from, and in; what the latter holds."""
     write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     environment = describe_environment(config, policy, data)
     write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    return environment
 
 
 def close_run(

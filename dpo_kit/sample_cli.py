@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_kit.cli_options import Json, naming_options, print_json, say
+from dpo_kit.cli_options import Json, naming_options, print_json, say, silent
 
 
 def sample(
@@ -45,7 +45,7 @@ def sample(
             tokenizer=tokenizer,
             dtype=dtype,
             max_prompts=max_prompts,
-            say=(lambda line: None) if as_json else say,
+            say=silent if as_json else say,
         )
     if as_json:
         print_json({"out": str(out), **figures})

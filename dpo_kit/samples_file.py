@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_kit.encoding import require_eos
 from dpo_kit.errors import InputError
+from dpo_kit.evaluation.request import DTYPES
 from dpo_kit.evaluation.sampling import encode_prompts, sample_replies
 from dpo_kit.fingerprint import model_key
 from dpo_kit.json_lines import each_line, json_line
@@ -35,7 +36,6 @@ from dpo_kit.texts import Prompt, identity, is_text_file, read_prompts
 from dpo_kit.tokenizer import load_tokenizer
 
 Say = Callable[[str], None]
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 ENDINGS = (".jsonl", ".ndjson")
 _SECONDS_BETWEEN_LINES = 10.0
 

@@ -68,7 +68,7 @@ class Scorer:
             if self.objective.needs_rewards:
                 return LogProbs(policy=None, rewards=sequence_rewards(model, batch), **common)
             # The reference first, while the policy's activations do not take the memory yet.
-            distributions = _DIVERGENCE in self.objective.extras
+            distributions = self.objective.needs_distributions
             inputs = self.reference.head_inputs(batch) if distributions else None
             known = None if distributions or again else self.reference.logprobs(batch)
             extras = set() if again else {*self.objective.extras, *self.metrics} - {_DIVERGENCE}

@@ -138,7 +138,7 @@ class PreferenceTrainer(TrainingLoop):
             policy,
             needed=objective.needs_reference,
             given=own_forward(given) if isinstance(given, nn.Module) else given,
-            cacheable="reference_kl" not in objective.extras,
+            cacheable=not objective.needs_distributions,
             tokens=objective.needs_reference_tokens,
             autocast=_AUTOCAST.get(self.accelerator.mixed_precision),
             cache_dir=args.reference_cache_dir,

@@ -21,7 +21,7 @@ from dpo_kit.audit.findings import Audit
 from dpo_kit.audit.words import visible
 from dpo_kit.report.page import Drawn
 from dpo_kit.report.pictures import BLUE, GREEN, VERMILION
-from dpo_kit.report.plots import DPI, GREY, dress, png_of
+from dpo_kit.report.plots import DPI, GREY, dress, png_of, short
 
 # Of a part's name; others take what is left.
 _COLOURS = {
@@ -277,14 +277,7 @@ def _bars(
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-
-
-def _short(value: float) -> str:
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= scale:
-            return f"{value / scale:,.4g} {unit}"
-    return f"{value:,.4g}"
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def _name(text: str) -> str:

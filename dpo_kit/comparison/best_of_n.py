@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_kit.comparison.reward_model import trained_reward_model
@@ -28,12 +26,10 @@ from dpo_kit.errors import InputError
 from dpo_kit.evaluation import Reward, load_reward, sample_replies
 from dpo_kit.json_lines import write_lines
 from dpo_kit.measurement import Samples, Say, evaluation_file
-from dpo_kit.models import load_model
 from dpo_kit.recipe import Recipe
-from dpo_kit.run import RunResult
-from dpo_kit.run_folder import describe_environment, digest_recipe, peak_memory_bytes, write_text
+from dpo_kit.run import RunResult, load_start, write_origin
+from dpo_kit.run_folder import digest_recipe, peak_memory_bytes, write_text
 from dpo_kit.start import make_start, started
-from dpo_kit.tokenizer import load_tokenizer
 
 Array = npt.NDArray[np.float64]
 
@@ -127,13 +123,10 @@ def run_best_of_n(recipe: Recipe, *, say: Say = print) -> RunResult:
     samples = _samples(recipe)
     learned_path = trained_reward_model(recipe, folder / "reward_model", say)
     learned = load_reward(f"model:{learned_path}", field="reward_model.path")
-    policy: PreTrainedModel = load_model(recipe.model.path or {}, getattr(torch, recipe.model.dtype))
+    policy, tokenizer = load_start(recipe)
     policy = policy.to(config.device).eval()  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
     samples.check_lengths(policy, tokenizer)
-    environment = describe_environment(config, policy, {})
-    write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    write_text(folder / "environment.json", json.dumps(environment, indent=2))
+    environment = write_origin(folder, resolved, config, policy, {})
     pool = _digest([environment["model"]["sha256"], str(learned_path), samples.prompts, _drawn_as(recipe)])
     rounds = _draw(samples, learned, policy, tokenizer, folder, pool, say)
     figures = _report(samples, rounds, folder)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dpo_kit.comparison.ppo_run import PPO
 from dpo_kit.comparison.rloo_run import RLOO
-from dpo_kit.comparison.rollout_run import check_ahead
+from dpo_kit.comparison.rollout_run import check_ahead, text_reward
 from dpo_kit.comparison.runs import Run
 from dpo_kit.errors import InputError
 from dpo_kit.measurement import Samples
@@ -38,10 +38,15 @@ def check_comparison(recipe: Recipe, runs: Sequence[Run]) -> None:
             field="eval.temperature",
             mend="Set temperature and top_p of eval to 1.",
         )
+    # A reward may be a large model: each is loaded once, to see that it can be. The true one was.
+    loaded = {"true"}
     for run in runs:
         if run.command in ("ppo", "rloo"):
             try:
                 check_ahead({"ppo": PPO, "rloo": RLOO}[run.command], run.recipe)
+                if run.recipe.ppo.reward not in loaded:
+                    text_reward(run.recipe)
+                    loaded.add(run.recipe.ppo.reward)
             except InputError as error:
                 field = f"frontier.methods.{run.method}: {error.field or run.command}"
                 raise InputError(error.problem, field=field, mend=error.mend) from error

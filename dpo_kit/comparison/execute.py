@@ -191,7 +191,7 @@ def changed_key(run: Run) -> str | None:
 _ENDINGS = {"summary.json": "done", DIVERGED_FILE: "diverged"}
 
 # Keys of a run's recipe that change no result.
-_FREE = ("data.num_proc", "data.cache_dir", "reference.cache_dir", "train.disable_tqdm")
+FREE_KEYS = ("data.num_proc", "data.cache_dir", "reference.cache_dir", "train.disable_tqdm")
 
 
 def _ended(run: Run) -> str:
@@ -221,7 +221,7 @@ def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
         return f"FOLDER{value.removeprefix(folder)}" if inside else value
 
     found = flat_keys(json.loads(json.dumps(resolved)))
-    return {key: placed(value) for key, value in found.items() if key not in _FREE}
+    return {key: placed(value) for key, value in found.items() if key not in FREE_KEYS}
 
 
 def _say(line: str) -> None:
@@ -248,7 +248,7 @@ def has_cached_reference(run: Run) -> bool:
     if run.command != "train" or run.recipe.reference.mode not in ("auto", "cached"):
         return False
     objective = make_objective(run.recipe.loss)
-    return objective.needs_reference and "reference_kl" not in objective.extras
+    return objective.needs_reference and not objective.needs_distributions
 
 
 def _reference_of(folder: Path) -> None:
@@ -256,7 +256,10 @@ def _reference_of(folder: Path) -> None:
     from dpo_kit.run import fill_cache
 
     runs = runs_of(Recipe.load(folder / "recipe.yaml"), folder)
-    figures = fill_cache(next(run.recipe for run in runs if has_cached_reference(run)), say=_say)
+    recipe = next(run.recipe for run in runs if has_cached_reference(run))
+    # In no run's folder: this is work of them all.
+    recipe = recipe.model_copy(update={"train": recipe.train | {"output_dir": str(folder / "reference")}})
+    figures = fill_cache(recipe, say=_say)
     write_text(folder / REFERENCE_FILE, json.dumps(figures))
 
 
@@ -271,7 +274,6 @@ def _run_by(module: str, name: str, **keywords: Any) -> Callable[[Path], None]:
         except DivergedError as error:
             write_text(folder / DIVERGED_FILE, json.dumps({"recipe": digest, "problem": str(error)}))
             _say(str(error))
-            return
 
     return carried_out
 

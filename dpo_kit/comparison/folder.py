@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from dpo_kit.comparison.execute import FREE_KEYS
 from dpo_kit.comparison.runs import Run
 from dpo_kit.errors import InputError
 from dpo_kit.recipe import Recipe
@@ -23,16 +24,7 @@ from dpo_kit.run_folder import flat_keys, write_text
 LOCK_FILE, SOURCES_FILE = ".lock", "sources.json"
 
 # What may be another when a comparison goes on: a run whose own recipe changed is put aside and made anew.
-_FREE = (
-    "frontier",
-    "ppo",
-    "best_of_n",
-    "report",
-    "data.num_proc",
-    "data.cache_dir",
-    "reference.cache_dir",
-    "train.disable_tqdm",
-)
+_FREE = ("frontier", "ppo", "best_of_n", "report", *FREE_KEYS)
 
 
 @contextmanager

@@ -167,8 +167,7 @@ def _job(run: Run) -> Job:
     resolved = run.recipe.resolved(run.recipe.training_config())
     text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     known = place.exists() and place.read_text(encoding="utf-8") == text
-    # An empty folder is there already where the reference was computed with this run's recipe.
-    if not known and run.folder.exists() and any(run.folder.iterdir()):
+    if not known and run.folder.exists():
         put_aside(run.folder)
     write_text(place, text)
     return Job(run.name, run.command, place, place.with_suffix(".log"))

@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from dpo_kit.callbacks import METRICS_FILE
+from dpo_kit.checkpoints import free_name
 from dpo_kit.comparison.cost_meter import CostMeter
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
@@ -194,15 +195,14 @@ def carry_out(method: Method, recipe: Recipe, resume: bool, say: Say) -> RunResu
 
 
 def check_ahead(method: Method, recipe: Recipe) -> None:
-    """Refuse what `carry_out` would refuse before it reads data, models and prompts.
+    """Refuse what `carry_out` would refuse before it loads rewards and reads data, models and prompts.
 
     Raises:
-        InputError: TRL is not installed, or the settings or the reward are wrong.
+        InputError: TRL is not installed, or the settings are wrong.
     """
     bridge, config = _bridge(method.name), recipe.training_config()
     _check(method, bridge, recipe, config)
     method.settings(bridge, recipe, config)
-    text_reward(recipe)
 
 
 def _bridge(name: str) -> ModuleType:
@@ -271,9 +271,7 @@ def _is_of_another(folder: Path, resolved: dict[str, Any]) -> bool:
 
 def _put_own_aside(folder: Path) -> Path:
     """Move all but what runs start from to the first free name.N, recipe.yaml last: it tells whose it is."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
+    aside = free_name(folder)
     aside.mkdir()
     for part in sorted(folder.iterdir(), key=lambda part: part.name == "recipe.yaml"):
         if part.name not in _SHARED:

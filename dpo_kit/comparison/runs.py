@@ -96,7 +96,7 @@ def runs_of(recipe: Recipe, folder: Path) -> list[Run]:
     assert recipe.frontier is not None
     base = started(recipe, folder / "start").model_dump() | {"frontier": None}
     base["reward_model"]["path"] = base["reward_model"]["path"] or str(folder / "reward_model" / "model")
-    # A cache of the comparison's own: what the reference takes is paid, and counted, by its runs.
+    # A cache of the comparison's own, so that what the reference takes is counted.
     base["reference"]["cache_dir"] = base["reference"]["cache_dir"] or str(folder / "reference")
     base["report"] = {"enabled": False}
     found = []

@@ -105,6 +105,11 @@ class Objective:
         return tuple(sorted({name for spec, _, _ in self.terms for name in spec.extras}))
 
     @property
+    def needs_distributions(self) -> bool:
+        """Whether it compares whole distributions with the reference's, which are not kept on disk."""
+        return "reference_kl" in self.extras
+
+    @property
     def beta(self) -> float:
         """The factor between log-ratio and implicit reward: the first term's beta, 1 where it has none."""
         for spec, _, options in self.terms:
