@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 RECIPE ?= recipes/small-world.yaml
 ARGS   ?=
+CODE   := dpo_kit data benchmarks docs .ci
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
@@ -13,7 +14,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt "torch==2.13.0"
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[report,ppo,judge,peft,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[report,ppo,judge,peft,quantisation,dev]"
 	touch $(READY)
 
 # make train-dpo RECIPE=recipes/hh.yaml ARGS="data.train=my.jsonl model.path=my-model"
@@ -38,10 +39,12 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
-	$(BIN)/ruff check dpo_kit tests data benchmarks docs
-	$(BIN)/ruff format --check dpo_kit tests data benchmarks docs
+	$(BIN)/ruff check $(CODE) tests
+	$(BIN)/ruff format --check $(CODE) tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit -q -c pyproject.toml -r $(CODE)
+	$(BIN)/python .ci/audit_pins.py constraints.txt
 
 # Speed and memory against TRL on the same work -> benchmarks/results; see benchmarks/README.md.
 # The newest TRL has an environment of its own. A run that was cut off goes on; ARGS="--fresh" begins anew.

@@ -61,6 +61,10 @@ class PreferenceConfig(TrainingArguments):
             steps on CUDA.
         max_length: longest prompt plus reply, in tokens; None for no limit.
         overlong: what is done beyond it: "drop", "cut_prompt_left" or "cut_completion_right".
+        on_nonfinite: what is done in a step whose loss or gradient is not finite: "stop", or "skip", which
+            leaves the weights as they are and goes on with the next step. Either way the step's pairs and
+            their log-probs are written to nonfinite.jsonl.
+        max_nonfinite: steps in a row that are skipped at most.
         per_device_eval_batch_size: pairs planned together in evaluation; the budget holds there too.
         bf16: autocast to bf16. Default: on where the hardware has it.
     """
@@ -81,6 +85,8 @@ class PreferenceConfig(TrainingArguments):
     dataloader_num_workers: int | None = None  # type: ignore[assignment]
     max_length: int | None = 1024
     overlong: str = "drop"
+    on_nonfinite: str = "stop"
+    max_nonfinite: int = 3
     per_device_eval_batch_size: int = 64
     bf16: bool | None = None  # type: ignore[assignment]
     learning_rate: float = 1e-6
@@ -92,6 +98,8 @@ class PreferenceConfig(TrainingArguments):
     def __post_init__(self) -> None:
         # Set by the trainer, once it knows the model and the memory.
         self.auto_tokens: int | None = None
+        # Set by the loop, where memory ran out.
+        self.reduced_tokens: int | None = None
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.dataloader_num_workers is None:
@@ -137,9 +145,15 @@ class PreferenceConfig(TrainingArguments):
                 field="train.token_metrics",
                 mend=f"Known: {', '.join(TOKEN_METRICS)}.",
             )
-        for name, known in (("attention", [*ATTENTION_BACKENDS]), ("layout", ["tree", "padded"])):
-            if (value := getattr(self, name)) not in ("auto", *known):
-                mend = f"Known: auto, {', '.join(known)}."
+        if self.max_nonfinite < 1:
+            raise InputError(f"expected 1 or more, got {self.max_nonfinite}", field="train.max_nonfinite")
+        for name, known in (
+            ("attention", ["auto", *ATTENTION_BACKENDS]),
+            ("layout", ["auto", "tree", "padded"]),
+            ("on_nonfinite", ["stop", "skip"]),
+        ):
+            if (value := getattr(self, name)) not in known:
+                mend = f"Known: {', '.join(known)}."
                 raise InputError(f"unknown {name} '{value}'", field=f"train.{name}", mend=mend)
 
     def _settle_batch_size(self) -> None:
@@ -165,6 +179,8 @@ class PreferenceConfig(TrainingArguments):
     @property
     def token_budget(self) -> int:
         """Tokens of one micro-batch."""
+        if self.reduced_tokens is not None:
+            return self.reduced_tokens
         if self.tokens_per_micro_batch == "auto":
             if self.auto_tokens is not None:
                 return self.auto_tokens

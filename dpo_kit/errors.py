@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dpo_kit.shown_text import without_secrets
+
 
 class DpoKitWarning(UserWarning):
     """Something is off but the run goes on: a fall-back was taken, a setting has no effect."""
@@ -25,6 +27,19 @@ class TrainingError(DpoKitError):
 
 class DivergedError(TrainingError):
     """A loss, gradient or weight is not finite any more: what the settings came to, not a fault of theirs."""
+
+
+class StoppedError(DpoKitError):
+    """Somebody asked the run to end (SIGINT, SIGTERM), and it did; exit status 128 + the signal's number.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+        self.exit_status = 128 + signal
 
 
 class InputError(DpoKitError):
@@ -59,4 +74,4 @@ class InputError(DpoKitError):
         if self.field:
             parts.append(f"field '{self.field}'")
         message = ": ".join([*parts, self.problem])
-        return f"{message.rstrip('.')}. {self.mend}" if self.mend else message
+        return without_secrets(f"{message.rstrip('.')}. {self.mend}" if self.mend else message)

@@ -22,25 +22,27 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpo_kit.checkpoints import CheckpointingTrainer
-from dpo_kit.checks import STOPPED, check_finite, check_step_zero
+from dpo_kit.checks import check_finite, check_step_zero
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import DivergedError, DpoKitWarning
+from dpo_kit.errors import DpoKitWarning, TrainingError
 from dpo_kit.losses import LogProbs, Objective
 from dpo_kit.metrics import DisplacementWatch, WeightedMeans, pair_metrics
 from dpo_kit.models import tree_attention
+from dpo_kit.nonfinite import NonFinite, Scored
 from dpo_kit.packing import Layout, MicroBatch
 from dpo_kit.planning import Planner
+from dpo_kit.quantised import count_parameters, is_low_precision
 from dpo_kit.reference import Reference
-from dpo_kit.step import CoupledStep, Scorer, carried_on, couple, sources_of, weights_of
+from dpo_kit.step import CoupledStep, Scorer, Totals, carried_on, couple, sources_of, weights_of
+from dpo_kit.stopping import StopOnSignal
 
 # Relative difference of a sequence's log-prob between a policy and a reference of the same weights:
 # (low precision, computed in other micro-batches) -> what is allowed.
 _ROUNDING = {(False, False): 1e-5, (False, True): 5e-5, (True, False): 1e-3, (True, True): 5e-2}
 
 
-def _divisor(weights: Tensor) -> Tensor:
-    """What a weighted mean divides by; 1 where every weight is 0, and so is the loss."""
-    return torch.where(weights > 0, weights, torch.ones_like(weights))
+# Below this a micro-batch is not cut for want of memory.
+_LEAST_TOKENS = 64
 
 
 class TrainingLoop(CheckpointingTrainer):
@@ -63,8 +65,20 @@ class TrainingLoop(CheckpointingTrainer):
         self._means = {"train": WeightedMeans(), "eval": WeightedMeans()}
         self._displacement = DisplacementWatch()
         self._stepped = False
+        self._stop = StopOnSignal()
+        # Of the step that is being computed: taken in when it is whole.
+        self._scored: list[Scored] = []
+        self._is_finite = True
         self._logged_at, self._logged_pairs = time.perf_counter(), 0
         super().__init__(*args, **keywords)
+        self.add_callback(self._stop)
+        folder = Path(str(self.args.output_dir))
+        self._nonfinite = NonFinite(folder, self.args.on_nonfinite == "skip", self.args.max_nonfinite)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether every pass through the model is one of all ranks together."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
     def layout(self) -> Layout:
@@ -75,6 +89,17 @@ class TrainingLoop(CheckpointingTrainer):
         super()._load_more(folder)
         self._logged_pairs = self._counts.pairs
 
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
+    ) -> Any:
+        """As `CheckpointingTrainer.train`; a signal ends it after the step, with a checkpoint.
+
+        Raises:
+            StoppedError: SIGINT or SIGTERM came.
+        """
+        with self._stop.listening():
+            return super().train(resume_from_checkpoint, **keywords)
+
     def _losses(self, model: nn.Module, batch: MicroBatch, split: str | None) -> Tensor:
         """[P] loss of each example; its metrics are taken in where they belong to a split."""
         logps = self._scorer(model, batch)
@@ -83,14 +108,21 @@ class TrainingLoop(CheckpointingTrainer):
         return losses
 
     def _coupled(
-        self, model: nn.Module, inputs: dict[str, Any], split: str | None, *, with_graph: bool = False
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        split: str | None,
+        totals: Totals,
+        *,
+        with_graph: bool = False,
     ) -> CoupledStep:
         """A whole step's losses, where one depends on the others."""
         # Held-out examples are coupled within what one rank evaluates at once.
-        ranks = self.args.world_size if split == "train" else 1
+        ranks, device = self.args.world_size if split == "train" else 1, self.args.device
         running = self._counts.running
-        step = couple(self._scorer, model, inputs, running, self.accelerator, ranks, with_graph=with_graph)
-        self._watch(step.logps, step.losses, step.weights, sources_of(inputs["micro_batches"]), split)
+        step = couple(self._scorer, model, inputs, running, totals, device, ranks, with_graph=with_graph)
+        if step.logps is not None:
+            self._watch(step.logps, step.losses, step.weights, sources_of(inputs["micro_batches"]), split)
         return step
 
     def _watch(
@@ -105,8 +137,14 @@ class TrainingLoop(CheckpointingTrainer):
                 logps, sources, _ROUNDING[low_precision, cached], independent=low_precision and cached
             )
         if split is not None:
-            found = pair_metrics(logps, losses, self.objective.beta, per_token=self.objective.per_token)
-            self._means[split].add(found, weights)
+            self._scored.append(Scored(logps.detached(), losses.detach(), weights, sources))
+
+    def _take_in(self, split: str) -> None:
+        """Count what was scored among a split's metrics."""
+        per_token = self.objective.per_token
+        for part in self._scored:
+            found = pair_metrics(part.logps, part.losses, self.objective.beta, per_token=per_token)
+            self._means[split].add(found, part.weights)
 
     @property
     def _policy(self) -> nn.Module:
@@ -115,7 +153,7 @@ class TrainingLoop(CheckpointingTrainer):
 
     @property
     def _low_precision(self) -> bool:
-        return next(self._policy.parameters()).dtype in (torch.bfloat16, torch.float16)
+        return is_low_precision(self._policy)
 
     def compute_loss(
         self,
@@ -127,11 +165,12 @@ class TrainingLoop(CheckpointingTrainer):
         """Mean loss of a planned batch with its graph, all micro-batches at once (for inspection)."""
         batches = [batch.to(self.args.device) for batch in inputs["micro_batches"]]
         weights = weights_of(batches)
+        totals = Totals.of(inputs, self.accelerator, 1, sharded=False)
         if self.objective.couples_examples:
-            losses = self._coupled(model, inputs, None, with_graph=True).losses
+            losses = self._coupled(model, inputs, None, totals, with_graph=True).losses
         else:
             losses = torch.cat([self._losses(model, batch, None) for batch in batches])
-        loss = (losses * weights).sum() / _divisor(weights.sum())
+        loss = (losses * weights).sum() / totals.divisor
         return (loss, {"losses": losses}) if return_outputs else loss
 
     def training_step(
@@ -139,44 +178,111 @@ class TrainingLoop(CheckpointingTrainer):
     ) -> Tensor:
         """Forward and backward over a step's micro-batches.
 
+        Where a CUDA device has no memory left for that, it is done again in smaller ones: the same gradient.
+
         Returns:
             The mean loss of this rank's pairs, times ranks over all ranks' weight, detached.
+
+        Raises:
+            TrainingError: memory ran out where the step cannot be cut smaller.
         """
         model.train()
         if not self._stepped:
             self._logged_at = time.perf_counter()
+        ranks, sharded = self.args.world_size, self._is_sharded
+        totals = Totals.of(inputs, self.accelerator, ranks, sharded=sharded, signal=self._stop.told)
+        self._stop.agreed, running = totals.signal, self._counts.running
+        while (losses := self._attempt(model, self._fitting(inputs), totals)) is None:
+            pass
+        self._stepped = True
+        inputs = self._fitting(inputs)
+        weights = weights_of(inputs["micro_batches"]).to(losses.device)
+        self._is_finite = self._all_finite(losses)
+        if self._is_finite:
+            for batch in inputs["micro_batches"]:
+                self._counts.add(batch)
+            self._take_in("train")
+        else:
+            self._counts.running = running
+        return (losses * weights).sum() / totals.divisor
+
+    def _fitting(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A planned step, cut again where it was planned before memory ran out."""
+        if inputs.get("token_budget", 0) > self.args.token_budget:
+            inputs |= self.planner.cut(inputs["examples"], inputs.get("strangers"))
+        return inputs
+
+    def _attempt(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> Tensor | None:
+        """[P] losses of a step, its gradients computed; None where memory ran out: a smaller cut may do."""
+        self._scored = []
+        running, self._synchronising = self._counts.running, False
+        try:
+            return self._run(model, inputs, totals)
+        except torch.OutOfMemoryError as error:
+            problem = str(error).splitlines()[0]
+        # Outside of the clause, whose error holds the frames and with them the tensors.
+        self._halve_budget(problem, inputs)
+        self._counts.running = running
+        model.zero_grad()
+        torch.cuda.empty_cache()
+        return None
+
+    def _halve_budget(self, problem: str, inputs: dict[str, Any]) -> None:
+        """Raises TrainingError where that would not help, or other ranks are in the middle of the step."""
+        largest = max((batch.input_ids.numel() for batch in inputs["micro_batches"]), default=0)
+        budget = min(self.args.token_budget, largest) // 2
+        examples = max((batch.num_pairs for batch in inputs["micro_batches"]), default=0)
+        together = self.args.world_size > 1 and (
+            self._is_sharded or self._synchronising or self.objective.couples_examples
+        )
+        if together or examples < 2 or budget < _LEAST_TOKENS:
+            why = "the ranks are in the midst of a step together" if together else "one example fills it"
+            raise TrainingError(
+                f"memory ran out at step {self.state.global_step + 1}, in a micro-batch of {largest} tokens, "
+                f"which is not cut smaller: {why} ({problem}). The newest checkpoint is kept. Set "
+                "train.tokens_per_micro_batch to less than that, gradient_checkpointing, or data.max_length."
+            )
+        self.args.reduced_tokens = budget
+        message = f"memory ran out ({problem}): micro-batches have {budget} tokens from here on"
+        warnings.warn(message, DpoKitWarning, stacklevel=2)
+
+    def _run(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> Tensor:
+        """[P] losses of this rank's pairs; gradients are computed, and meet across ranks in the last pass."""
         batches: list[MicroBatch] = inputs["micro_batches"]
-        weights = weights_of(batches).to(self.args.device)
-        weight = weights.sum()
-        if self.args.world_size > 1:
-            # DDP averages over ranks; with this the average is the mean over all ranks' pairs.
-            weight = self.accelerator.reduce(weight, "mean")
-        weight = _divisor(weight)
+        fillers = totals.fillers(len(batches), totals.micro_batches)
         step, gradients = None, []
         if self.objective.couples_examples:
             with self._attention(model):
-                step = self._coupled(model, inputs, "train")
+                step = self._coupled(model, inputs, "train", totals)
             self._counts.running = step.running
-            gradients = step.gradients(weight) if step.is_cut else []
-        step_losses: list[Tensor] = []
-        for place, planned in enumerate(batches):
-            batch = planned.to(self.args.device)
-            is_last = place == len(batches) - 1
-            with self._attention(model), self._sync(model, is_last):
-                if step is None:
-                    losses = self._losses(model, batch, "train")
-                    loss = (losses * batch.weights).sum() / weight
-                    step_losses.append(losses.detach())
+            gradients = step.gradients(totals.divisor) if step.is_cut else []
+        losses: list[Tensor] = []
+        for place in range(-fillers, len(batches)):
+            self._synchronising = place == len(batches) - 1
+            batch = (batches[place] if place >= 0 else inputs["filler"]).to(self.args.device)
+            with self._attention(model), self._sync(model, self._synchronising):
+                if place < 0:
+                    known = None if step is None else step.nothing
+                    loss = self._scorer.nothing(model, batch) if known is None else known
+                elif step is None:
+                    own = self._losses(model, batch, "train")
+                    loss = (own * batch.weights).sum() / totals.divisor
+                    losses.append(own.detach())
                 elif gradients:
                     loss = carried_on(self._scorer(model, batch, again=True), gradients[place])
                 else:
-                    loss = step.loss(weight)
+                    loss = step.loss(totals.divisor)
                 self.accelerator.backward(loss)
-            self._counts.add(batch)
-        self._stepped = True
-        losses = torch.cat(step_losses) if step is None else step.losses.detach()
-        check_finite(sources_of(batches), losses, f"at step {self.state.global_step + 1}")
-        return (losses * weights).sum() / weight
+        if step is not None:
+            return step.losses.detach()
+        return torch.cat(losses) if losses else torch.zeros(0, device=self.args.device)
+
+    def _all_finite(self, losses: Tensor) -> bool:
+        """Of all ranks; waits for the device once."""
+        bad = (~torch.isfinite(losses)).any().float()
+        if self.args.world_size > 1:
+            bad = self.accelerator.reduce(bad, "sum")
+        return not bool(bad)
 
     def _attention(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward: gradient checkpointing computes the forward in the backward."""
@@ -187,12 +293,18 @@ class TrainingLoop(CheckpointingTrainer):
         return contextlib.nullcontext() if now else self.accelerator.no_sync(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; None where the step is left out, since its loss or gradient is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # A gradient scaler (fp16) skips such steps by itself.
+        # A gradient scaler (fp16) skips steps of its own accord.
         checked = norm is not None and self.accelerator.scaler is None
-        if checked and not bool(torch.isfinite(torch.as_tensor(norm))):
-            raise DivergedError(f"the gradient is not finite at step {self.state.global_step + 1}. {STOPPED}")
-        return norm
+        if self._is_finite and (not checked or bool(torch.isfinite(torch.as_tensor(norm)))):
+            self._nonfinite.finite()
+            return norm
+        what = "gradient" if self._is_finite else "loss"
+        self._nonfinite.found(what, self.state.global_step + 1, self._scored)
+        # An optimiser passes over parameters that have none.
+        model.zero_grad(set_to_none=True)
+        return None
 
     def _take_means(self, split: str) -> dict[str, float]:
         """Means over all ranks since the last time."""
@@ -252,9 +364,11 @@ class TrainingLoop(CheckpointingTrainer):
         started, pairs = time.perf_counter(), 0
         with torch.no_grad():
             for inputs in dataloader:
+                self._scored = []
                 for sources, losses in self._held_out(model, inputs):
                     check_finite(sources, losses, "in evaluation")
                     pairs += len(losses)
+                self._take_in("eval")
         self._logged_at += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._take_means("eval").items()}
         counted = int(self.accelerator.gather(torch.tensor([pairs], device=self.args.device)).sum())
@@ -263,9 +377,16 @@ class TrainingLoop(CheckpointingTrainer):
     def _held_out(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
         """Where they come from and their losses, of each micro-batch, or of all at once."""
         batches: list[MicroBatch] = inputs["micro_batches"]
-        if self.objective.couples_examples:
-            yield sources_of(batches), self._coupled(model, inputs, "eval").losses
+        ranks = self.args.world_size if self._is_sharded else 1
+        totals = Totals.of(inputs, self.accelerator, ranks, sharded=self._is_sharded)
+        if self.objective.couples_examples and batches:
+            yield sources_of(batches), self._coupled(model, inputs, "eval", totals).losses
             return
+        fillers = totals.fillers(len(batches), totals.micro_batches)
+        if self.objective.couples_examples:
+            fillers += totals.fillers(0, totals.mismatched)
+        for _ in range(fillers):
+            self._scorer.nothing(model, inputs["filler"].to(self.args.device))
         for planned in batches:
             batch = planned.to(self.args.device)
             yield batch.sources, self._losses(model, batch, "eval")
@@ -273,4 +394,4 @@ class TrainingLoop(CheckpointingTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six per parameter and distinct token, the reference's forward left out."""
         tokens = sum(batch.num_tokens for batch in inputs["micro_batches"])
-        return 6 * tokens * sum(p.numel() for p in self._policy.parameters())
+        return 6 * tokens * count_parameters(self._policy)

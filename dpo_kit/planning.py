@@ -28,6 +28,7 @@ class Planner:
         layout: of the micro-batches.
         with_keys: whether they carry what a cached reference knows their sequences by.
         longest: tokens of the longest sequence of the data that the models were checked for; None: no limit.
+        filler: a small example, for ranks that have fewer micro-batches than others.
     """
 
     args: PreferenceConfig
@@ -35,17 +36,31 @@ class Planner:
     layout: Layout = "padded"
     with_keys: bool = False
     longest: int | None = None
+    filler: Example | None = None
 
     def rows_of(self, dataset: Any) -> TokenRows:
         """What a dataloader reads: no Python object per token, and partners where they are needed."""
         return TokenRows(dataset, mismatched_partners(dataset) if self.objective.needs_mismatched else None)
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, list[MicroBatch]]:
-        """Rows of one step -> its micro-batches, and those of replies to other prompts."""
-        planned = {"micro_batches": self.plan([self.example(row) for row in rows])}
-        if self.objective.needs_mismatched:
-            planned["mismatched"] = self.plan([self.mismatched(row) for row in rows])
-        return planned
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Rows of one step -> its `micro_batches` and, where wanted, those of replies to other prompts
+        (`mismatched`); what they were cut from (`examples`, `strangers`) by which `token_budget`, to cut them
+        again by another; and a `filler`.
+        """
+        strangers = [self.mismatched(row) for row in rows] if self.objective.needs_mismatched else None
+        planned = self.cut([self.example(row) for row in rows], strangers)
+        return planned | {"filler": None if self.filler is None else self.whole([self.filler])}
+
+    def cut(self, examples: Sequence[Example], strangers: Sequence[Example] | None) -> dict[str, Any]:
+        """What a step's examples are cut into under the budget of now."""
+        cut = {
+            "examples": examples,
+            "micro_batches": self.plan(examples),
+            "token_budget": self.args.token_budget,
+        }
+        return (
+            cut if strangers is None else cut | {"strangers": strangers, "mismatched": self.plan(strangers)}
+        )
 
     def example(self, row: Row) -> Example:
         """What is trained on."""
@@ -80,4 +95,6 @@ class Planner:
         return self._planned(examples, self.args.token_budget, layout or self.layout)
 
     def _planned(self, examples: Sequence[Example], budget: int, layout: Layout) -> list[MicroBatch]:
+        if not examples:
+            return []
         return plan_step(examples, budget, layout, self.args.backend, with_keys=self.with_keys)

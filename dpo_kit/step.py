@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dpo_kit.losses import LogProbs, Objective, concatenate
 from dpo_kit.packing import MicroBatch
-from dpo_kit.reference import Reference
+from dpo_kit.reference import AdapterOffReference, Reference
 from dpo_kit.scoring import sequence_logprobs, sequence_rewards
 
 # What of a micro-batch's log-probs carries gradients.
@@ -85,9 +85,25 @@ class Scorer:
             **common,
         )
 
+    def nothing(self, model: nn.Module, filler: MicroBatch) -> Tensor:
+        """[] 0, by the passes through the policy that a micro-batch makes, and with their graph.
+
+        So a rank that has no more micro-batches takes part in what the ranks do together.
+        """
+        with self.autocast():
+            if self.objective.needs_rewards:
+                return 0.0 * sequence_rewards(model, filler).sum()
+            if self.objective.needs_distributions:
+                self.reference.head_inputs(filler)
+            elif isinstance(self.reference, AdapterOffReference):
+                self.reference.logprobs(filler)
+            return 0.0 * sequence_logprobs(model, filler).sequences.sum()
+
     @torch.no_grad()
-    def logratios(self, model: nn.Module, batches: Sequence[MicroBatch], device: torch.device) -> Tensor:
-        """[K] log pi - log pi_ref of all sequences of some micro-batches."""
+    def logratios(
+        self, model: nn.Module, batches: Sequence[MicroBatch], device: torch.device
+    ) -> Tensor | None:
+        """[K] log pi - log pi_ref of all sequences of some micro-batches; None of none."""
         found = []
         for planned in batches:
             batch = planned.to(device)
@@ -95,7 +111,52 @@ class Scorer:
                 known = self.reference.logprobs(batch)
                 assert known is not None
                 found.append(sequence_logprobs(model, batch).sequences - known.sequences)
-        return torch.cat(found)
+        return torch.cat(found) if found else None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the ranks know of a step that is before them.
+
+    Attributes:
+        divisor: [] what this rank's weighted sum of losses is divided by. Gradients are averaged over ranks;
+            with it the average is the mean over all ranks' examples.
+        micro_batches: of the rank that has most.
+        mismatched: likewise, of replies to other prompts.
+        sharded: whether every pass through the model is one of all ranks together.
+        signal: the largest number that a rank had to tell.
+    """
+
+    divisor: Tensor
+    micro_batches: int
+    mismatched: int
+    sharded: bool
+    signal: int
+
+    @classmethod
+    def of(
+        cls, inputs: dict[str, Any], accelerator: Accelerator, ranks: int, *, sharded: bool, signal: int = 0
+    ) -> Totals:
+        """Of what `dpo_kit.planning.Planner` made of this rank's rows, and the other ranks of theirs."""
+        batches, strangers = inputs["micro_batches"], inputs.get("mismatched", [])
+        weight = float(weights_of(batches).sum())
+        found = torch.tensor([[weight, len(batches), len(strangers), signal]])
+        if ranks > 1:
+            found = accelerator.gather(found.to(accelerator.device))
+        total = (found[:, 0].sum() / ranks).to(accelerator.device)
+        most, most_strangers, told = (int(count) for count in found[:, 1:].amax(0).tolist())
+        return cls(_divisor(total), most, most_strangers, sharded, told)
+
+    def fillers(self, own: int, most: int) -> int:
+        """How many passes without examples a rank makes that has `own` micro-batches."""
+        if self.sharded:
+            return most - own
+        return int(own == 0 and most > 0)
+
+
+def _divisor(weight: Tensor) -> Tensor:
+    """What a weighted mean divides by; 1 where every weight is 0, and so is the loss."""
+    return torch.where(weight > 0, weight, torch.ones_like(weight))
 
 
 class CoupledStep:
@@ -103,14 +164,15 @@ class CoupledStep:
 
     Args:
         objective: what is trained.
-        parts: log-probs of this rank's micro-batches; with their graph, or as leaves.
+        parts: log-probs of this rank's micro-batches; with their graph, or as leaves. None where it has none.
         weights: [P] of this rank's examples.
         mismatched: [K] this rank's log-ratios of replies to other prompts, where the objective asks for them.
         running: of the objective's means, before this step.
         ranks: processes whose examples are coupled.
+        nothing: [] 0 with the graph of a pass without examples, on a rank that has none.
 
     Attributes:
-        logps: of this rank's examples, in the order of its micro-batches.
+        logps: of this rank's examples, in the order of its micro-batches; None where it has none.
         losses: [P] of them.
         weights: [P] of them.
         running: of the objective's means, this step taken in.
@@ -124,23 +186,26 @@ class CoupledStep:
         mismatched: Tensor | None = None,
         running: Sequence[float | None] = (),
         ranks: int = 1,
+        nothing: Tensor | None = None,
     ) -> None:
-        self._parts, self.weights = list(parts), weights
-        self.logps = concatenate(self._parts)
-        shared = [_Shared(self.logps, weights, mismatched)]
-        rank = 0
+        self._parts, self.weights, self.nothing = list(parts), weights, nothing
+        self.logps = concatenate(self._parts) if self._parts else None
+        own = None if self.logps is None else _Shared(self.logps, weights, mismatched)
+        everyone, rank = [own], 0
         if ranks > 1:
             rank = torch.distributed.get_rank()
-            shared = [one.to(weights.device) for one in gather_object([shared[0].to("cpu")])]
+            everyone = gather_object([None if own is None else own.to("cpu")])
+            everyone = [None if one is None else one.to(weights.device) for one in everyone]
             # What was sent has no graph.
-            shared[rank] = _Shared(self.logps, weights, mismatched)
+            everyone[rank] = own
+        shared = [one for one in everyone if one is not None]
         whole = concatenate([one.logps for one in shared])
         if mismatched is not None:
             strangers = [one.mismatched for one in shared if one.mismatched is not None]
             whole = replace(whole, mismatched=torch.cat(strangers))
         self.running = objective.averaged(whole, running)
         losses = objective(whole, self.running)
-        first = sum(len(one.weights) for one in shared[:rank])
+        first = sum(len(one.weights) for one in everyone[:rank] if one is not None)
         self.losses = losses[first : first + len(weights)]
         self._total = (losses * torch.cat([one.weights for one in shared])).sum()
 
@@ -156,6 +221,8 @@ class CoupledStep:
     def gradients(self, divisor: Tensor) -> list[dict[str, Tensor]]:
         """Of `loss` with respect to the differentiable fields of each of this rank's parts."""
         fields = [(i, name, value) for i, part in enumerate(self._parts) for name, value in _fields(part)]
+        if not fields:
+            return []
         values = torch.autograd.grad(self.loss(divisor), [leaf for _, _, leaf in fields], allow_unused=True)
         found: list[dict[str, Tensor]] = [{} for _ in self._parts]
         for (i, name, _), value in zip(fields, values, strict=True):
@@ -173,18 +240,15 @@ class _Shared:
     mismatched: Tensor | None
 
     def to(self, device: torch.device | str) -> _Shared:
-        def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: moved(inner) for name, inner in value.items()}
-            return value.detach().to(device) if isinstance(value, Tensor) else value
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
 
-        logps = LogProbs(**{name: moved(value) for name, value in vars(self.logps).items()})
-        return _Shared(logps, moved(self.weights), moved(self.mismatched))
+        return _Shared(self.logps.detached(device), self.weights.to(device), moved(self.mismatched))
 
 
 def weights_of(batches: Sequence[MicroBatch]) -> Tensor:
     """[P] weights of a step's examples, in the order of its micro-batches."""
-    return torch.cat([batch.weights for batch in batches])
+    return torch.cat([batch.weights for batch in batches]) if batches else torch.zeros(0)
 
 
 def sources_of(batches: Sequence[MicroBatch]) -> list[str]:
@@ -197,7 +261,8 @@ def couple(
     model: nn.Module,
     inputs: dict[str, Any],
     running: Sequence[float | None],
-    accelerator: Accelerator,
+    totals: Totals,
+    device: torch.device,
     ranks: int,
     *,
     with_graph: bool = False,
@@ -209,26 +274,33 @@ def couple(
         model: the policy.
         inputs: what `dpo_kit.planning.Planner` made of the step's rows.
         running: of the objective's means, before this step.
-        accelerator: of the trainer.
+        totals: of the step.
+        device: of the model.
         ranks: whose examples are coupled: all of them, or 1 for this one alone.
         with_graph: keep the graphs of all micro-batches.
     """
-    device, batches = accelerator.device, inputs["micro_batches"]
-    if not with_graph:
-        most = len(batches)
-        if ranks > 1:
-            # On all ranks or on none: the wrapper's own collectives must come in one order everywhere.
-            most = int(accelerator.gather(torch.tensor([most], device=device)).max())
-        with_graph = most == 1
-    strangers = inputs.get("mismatched")
-    mismatched = None if strangers is None else scorer.logratios(model, strangers, device)
+    batches, strangers = inputs["micro_batches"], inputs.get("mismatched")
+    # On all ranks or on none: the wrapper's own collectives must come in one order everywhere.
+    with_graph = with_graph or totals.micro_batches == 1
+    keep_graph = with_graph and torch.is_grad_enabled()
+    mismatched = None
+    if strangers is not None:
+        with torch.no_grad():
+            for _ in range(totals.fillers(len(strangers), totals.mismatched)):
+                scorer.nothing(model, inputs["filler"].to(device))
+        mismatched = scorer.logratios(model, strangers, device)
+    nothing = None
+    for _ in range(totals.fillers(len(batches), totals.micro_batches)):
+        with torch.set_grad_enabled(keep_graph):
+            nothing = scorer.nothing(model, inputs["filler"].to(device))
     parts = []
     for planned in batches:
-        with torch.set_grad_enabled(with_graph and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(keep_graph):
             logps = scorer(model, planned.to(device))
         parts.append(logps if with_graph else as_leaves(logps))
     weights = weights_of(batches).to(device)
-    return CoupledStep(scorer.objective, parts, weights, mismatched, running, ranks)
+    nothing = nothing if with_graph else None
+    return CoupledStep(scorer.objective, parts, weights, mismatched, running, ranks, nothing)
 
 
 def as_leaves(logps: LogProbs) -> LogProbs:

@@ -59,6 +59,18 @@ class LogProbs:
     mismatched: Tensor | None = None
     running: Tensor | None = None
 
+    def detached(self, device: torch.device | str | None = None) -> LogProbs:
+        """The same values without their graph, where a device is named there."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: moved(inner) for name, inner in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            return value.detach() if device is None else value.detach().to(device)
+
+        return LogProbs(**{name: moved(value) for name, value in vars(self).items()})
+
     @classmethod
     def of_pairs(
         cls,
