@@ -12,6 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpo_kit.disk import writing
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -32,11 +34,12 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = Path(str(args.output_dir)) / METRICS_FILE
-        kept = _lines_until(path, state.global_step) if state.global_step else self._before_training or []
-        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_until(path, state) if state.global_step else self._before_training or []
         written = path.with_suffix(".writing")
-        written.write_text("".join(kept), encoding="utf-8")
-        os.replace(written, path)
+        with writing("the metrics", path, partial=written):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written.write_text("".join(kept), encoding="utf-8")
+            os.replace(written, path)
         self._before_training = None
 
     def on_log(
@@ -55,9 +58,10 @@ class MetricsFile(TrainerCallback):
         if self._before_training is not None:
             self._before_training.append(line)
         path = Path(str(args.output_dir)) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+        with writing("the metrics", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
 
 
 class Progress(TrainerCallback):
@@ -147,15 +151,20 @@ class At(TrainerCallback):
         self._after_step(state.global_step)
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
+def _lines_until(path: Path, state: TrainerState) -> list[str]:
+    """What had been logged when a checkpoint was written, by the state that it holds."""
     if not path.exists():
         return []
+    step = state.global_step
+    # A run that died after its last checkpoint has logged more of that very step.
+    of_step = sum(logged.get("step") == step and "train_runtime" not in logged for logged in state.log_history)
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            logged = json.loads(line)
+            at = json.loads(line).get("step", 0)
         except json.JSONDecodeError:
             continue
-        if line.endswith("\n") and logged.get("step", 0) <= step:
+        of_step -= at == step
+        if line.endswith("\n") and (at < step or (at == step and of_step >= 0)):
             kept.append(line)
     return kept

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_kit.adapters import put_adapter
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation.rewards import Reward, load_reward
 from dpo_kit.evaluation.sampling import load_prompts
@@ -47,7 +48,8 @@ def check_candidates(recipe: Recipe) -> None:
     """
     named = recipe.model.tokenizer or recipe.model.path
     if named is not None or _section(recipe).prefix_tokens is None:
-        _draw(recipe, load_tokenizer(str(named)) if named is not None else None)
+        options = recipe.tokenizer_options()
+        _draw(recipe, load_tokenizer(str(named), **options) if named is not None else None)
     else:
         _require_enough(_distinct_texts(recipe), _wanted(recipe))
     _load_reward(recipe)
@@ -79,10 +81,14 @@ def make_pairs(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     reward = _load_reward(recipe)
     source = recipe.model.path or recipe.model.config
     assert source is not None
-    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
+    named = str(recipe.model.tokenizer or recipe.model.path)
+    tokenizer = load_tokenizer(named, **recipe.tokenizer_options())
     drawn = _draw(recipe, tokenizer)
     _tell_of(drawn, section, say)
-    policy = load_model(source, getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42)))
+    dtype, seed = getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42))
+    policy = load_model(source, dtype, seed, trust_remote_code=recipe.model.trust_remote_code)
+    if recipe.model.adapter is not None:
+        policy = put_adapter(policy, recipe.model.adapter)
     policy.to(recipe.training_config().device)  # type: ignore[arg-type]
     folder.mkdir(parents=True, exist_ok=True)
     totals: dict[str, Any] = {f"texts_{name}": count for name, count in drawn.counts.items()}

@@ -1,31 +1,51 @@
 """Checkpoints that are whole, and going on from them: checkpoints/step-N in a run's folder.
 
 `CheckpointingTrainer` is transformers' Trainer with these checkpoints, and with what a resumed run must know
-beside weights and optimiser. What is trained is its subclass's business.
+beside weights and optimiser. How a state lies in files is in `checkpoint_files`, which of a run's checkpoints
+is good in `checkpoint_folders`. What is trained is the subclass's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import count
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import nn
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers import PreTrainedModel, Trainer, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
 
-from dpo_kit.errors import DivergedError, InputError
+from dpo_kit import checkpoint_states, ranks
+from dpo_kit.checkpoint_files import (
+    random_states,
+    read_json,
+    read_tensors,
+    set_random_states,
+    write_json,
+    write_manifest,
+    write_tensors,
+)
+from dpo_kit.checkpoint_folders import (
+    check_whole,
+    name_whole,
+    newest_checkpoint,
+    put_aside,
+    remove_old,
+    steps_in,
+)
+from dpo_kit.disk import refusal, room
+from dpo_kit.errors import DivergedError, DpoKitWarning, InputError, TrainingError
 from dpo_kit.packing import MicroBatch
 
 _COUNTS_FILE = "counts.json"
+_RANDOM = "random-{}.safetensors"
 
 
 @dataclass
@@ -38,6 +58,9 @@ class Counts:
         pairs: examples trained on, of this rank.
         seconds: in `train`.
         running: of the objective's running means; see `dpo_kit.losses.Objective.averaged`.
+        reference_tokens: that filling a cached reference took.
+        loss: sum of the mean losses of all steps.
+        unlogged: of the training metrics since the last logged line; see `WeightedMeans.state`.
     """
 
     tokens: int = 0
@@ -45,6 +68,9 @@ class Counts:
     pairs: int = 0
     seconds: float = 0.0
     running: list[float | None] = field(default_factory=list)
+    reference_tokens: int = 0
+    loss: float = 0.0
+    unlogged: list[Any] = field(default_factory=list)
 
     def add(self, batch: MicroBatch) -> None:
         """Count a micro-batch that was trained on."""
@@ -56,6 +82,20 @@ class Counts:
     def saved_share(self) -> float:
         """Share of the tokens of separate sequences that the tree did not have to compute."""
         return 1 - self.tokens / self.separate_tokens if self.separate_tokens else 0.0
+
+    def over_ranks(self) -> Counts:
+        """Of all ranks together, on all ranks."""
+        summed = {name: sum(ranks.gather(getattr(self, name))) for name in _SUMMED}
+        return replace(self, **summed)
+
+    def share(self) -> Counts:
+        """This rank's part of what all ranks counted; the parts sum to it on any number of ranks."""
+        rank, number = ranks.rank(), ranks.ranks()
+        parts = {name: (total := getattr(self, name)) // number + (rank < total % number) for name in _SUMMED}
+        return replace(self, **parts)
+
+
+_SUMMED = ("tokens", "separate_tokens", "pairs", "reference_tokens")
 
 
 class CheckpointingTrainer(Trainer):
@@ -69,26 +109,37 @@ class CheckpointingTrainer(Trainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
     ) -> Any:
-        """As transformers has it; `resume_from_checkpoint=True` is the newest of checkpoints/step-N.
+        """As transformers has it; `resume_from_checkpoint=True` is the newest good one of checkpoints/step-N.
 
         Checkpoints of an earlier run in the same folder are put aside under another name.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or the one that is named is damaged.
+            TrainingError: a checkpoint could not be written.
         """
+        if self.is_deepspeed_enabled and self.args.save_strategy != "no":
+            raise InputError(
+                "DeepSpeed keeps its state in pickles, which are neither written nor read here",
+                field="train.save_strategy",
+                mend="Set it to no, or shard with FSDP2, whose checkpoints are safetensors.",
+            )
         if resume_from_checkpoint is True:
             newest = newest_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
                 raise InputError("there is no checkpoint to resume from", file=self.checkpoint_folder)
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
+            check_whole(Path(resume_from_checkpoint))
             self._load_more(Path(resume_from_checkpoint))
         self._began = time.perf_counter()
         if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))):
             return done
-        if not resume_from_checkpoint and self.args.should_save and self.checkpoint_folder.exists():
+        if not resume_from_checkpoint and self.args.should_save and steps_in(self.checkpoint_folder):
             put_aside(self.checkpoint_folder)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **keywords)
+        # transformers has the mean over the steps of this call.
+        loss = (self._counts.loss + self._total_loss_scalar) / max(result.global_step, 1)
+        return TrainOutput(result.global_step, loss, result.metrics | {"train_loss": loss})
 
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """Load a checkpoint that has all its steps: transformers would train one more in mid-epoch."""
@@ -96,8 +147,11 @@ class CheckpointingTrainer(Trainer):
         if not 0 < self.args.max_steps <= state.global_step:
             return None
         self._load_from_checkpoint(str(checkpoint))
+        state.is_local_process_zero = self.is_local_process_zero()
+        state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
-        return TrainOutput(state.global_step, 0.0, {"train_loss": 0.0})
+        loss = self._counts.loss / state.global_step
+        return TrainOutput(state.global_step, loss, {"train_loss": loss})
 
     @property
     def train_seconds(self) -> float:
@@ -130,66 +184,140 @@ class CheckpointingTrainer(Trainer):
                 f"the weights are not finite at step {self.state.global_step}, and are not saved. The newest "
                 "checkpoint is kept. A smaller learning rate or more warm-up may mend it."
             )
-        super()._save_checkpoint(model, trial)
         step = self.state.global_step
-        written = Path(self._get_output_dir(trial)) / f"checkpoint-{step}"
-        final = self.checkpoint_folder / f"step-{step}"
+        beside = Path(self._get_output_dir(trial))
+        written, final = beside / f"checkpoint-{step}", self.checkpoint_folder / f"step-{step}"
+        with self._together():
+            if self.args.should_save:
+                # Of a run that died while it wrote one.
+                shutil.rmtree(beside, ignore_errors=True)
+                written.mkdir(parents=True)
+        with self._together():
+            super()._save_checkpoint(model, trial)
         if self.state.best_model_checkpoint == str(written):
             # Its name from now on, on every rank.
             self.state.best_model_checkpoint = str(final)
+        counts = self._counts_now()
+        with self._together():
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
+                write_json(written / _COUNTS_FILE, asdict(counts))
+                self._save_more(written)
+                write_manifest(written)
+                name_whole(written, final)
         if self.args.should_save:
-            self._save_more(written)
-            name_whole(written, final)
-        self.accelerator.wait_for_everyone()
-        if not self.args.should_save:
+            remove_old(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around what writes a part of a checkpoint: where the disk refuses one rank, all stop.
+
+        Raises:
+            TrainingError: on all ranks; what was written is removed, so that its room is free again.
+        """
+        error, problem = None, None
+        try:
+            yield
+        except Exception as raised:
+            if (problem := refusal(raised)) is None:
+                raise
+            error = raised
+        if not (problems := [said for said in ranks.gather(problem) if said]):
             return
-        rotate_checkpoints(
-            output_dir=str(self.checkpoint_folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            checkpoint_prefix="step",
-        )
+        free, folder = room(self.checkpoint_folder), self.checkpoint_folder
+        if self.args.should_save:
+            shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
+        steps = steps_in(folder)
+        kept = f"step-{max(steps)}, the newest one, is kept" if steps else "there is none before it"
+        raise TrainingError(
+            f"{folder}: the checkpoint of step {self.state.global_step} could not be written: {problems[0]} "
+            f"({free}); {kept}. Make room, and go on with --resume."
+        ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as save_pretrained does, whole; a checkpoint of a sharded one is sharded too."""
+        if not _internal_call:
+            checkpoint_states.save_whole(self, output_dir or str(self.args.output_dir))
+            if self.args.push_to_hub:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            return
+        with self._together():
+            checkpoint_states.save_model(self, Path(str(output_dir)))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As transformers has it, without training_args.bin, which is a pickle."""
+        if not self.args.should_save and not self.is_distributed_loading_by_transformers:
+            return
+        folder = str(self.args.output_dir) if output_dir is None else output_dir
+        model: Any = self.model
+        if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
+            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        elif self.args.should_save:
+            save_model(model, str(Path(folder) / "model.safetensors"))
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._together():
+            checkpoint_states.save_optimizer(self, Path(output_dir))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Nothing: it is written with the optimiser."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        states = ranks.gather(random_states())
+        with self._together():
+            if self.args.should_save:
+                for rank, state in enumerate(states):
+                    write_tensors(Path(output_dir) / _RANDOM.format(rank), state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        check_whole(folder)
+        if not checkpoint_states.load_sharded_model(self.model if model is None else model, folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoint_states.load_optimizer(self, Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: it is read with the optimiser."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder, rank = Path(checkpoint), ranks.rank()
+        if (own := folder / _RANDOM.format(rank)).is_file():
+            set_random_states(read_tensors(own))
+        else:
+            # A rank that was not there: other states than those of the others, the same at every resume.
+            set_seed((self.args.seed + 1_000_003 * rank + self.state.global_step) % 2**32)
+        known = len(list(folder.glob(_RANDOM.format("*"))))
+        if 0 < known < ranks.ranks() and ranks.is_first():
+            warnings.warn(
+                f"{checkpoint} was written by {known} ranks, and {ranks.ranks()} go on: the random states "
+                "of the others are drawn anew. Weights, optimiser, schedule and counts are taken over",
+                DpoKitWarning,
+                stacklevel=2,
+            )
+
+    def _counts_now(self) -> Counts:
+        """Of all ranks together, for a checkpoint. All ranks call it."""
+        loss = self._total_loss_scalar + float(self._tr_loss)
+        mean = sum(ranks.gather(loss)) / ranks.ranks()
+        now = replace(self._counts, seconds=self.train_seconds, loss=self._counts.loss + mean)
+        return now.over_ranks()
 
     def _save_more(self, folder: Path) -> None:
-        """Write what transformers' checkpoint does not hold into its folder."""
-        counts = asdict(self._counts) | {"seconds": self.train_seconds}
-        (folder / _COUNTS_FILE).write_text(json.dumps(counts))
+        """Write what transformers' checkpoint does not hold into its folder; for subclasses."""
 
     def _load_more(self, folder: Path) -> None:
-        """Read it back."""
+        """Read back what a checkpoint holds beside transformers' state."""
         if (counts := folder / _COUNTS_FILE).exists():
-            self._counts = Counts(**json.loads(counts.read_text()))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run folder, or None.
-
-    A folder step-N is whole: it was renamed to that.
-    """
-    found = {
-        int(match[1]): path
-        for path in folder.glob("checkpoints/step-*")
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
-    }
-    return found[max(found)] if found else None
-
-
-def put_aside(folder: Path) -> Path:
-    """Rename a folder to the first free name.N; the new name."""
-    return folder.rename(free_name(folder))
-
-
-def free_name(folder: Path) -> Path:
-    """The first of name.1, name.2, ... that nothing has."""
-    return next(aside for n in count(1) if not (aside := folder.with_name(f"{folder.name}.{n}")).exists())
-
-
-def name_whole(written: Path, final: Path) -> None:
-    """Rename a checkpoint that is written in full to its place, so that a folder there is always whole."""
-    if final.exists():
-        # A run that was resumed from before it.
-        shutil.rmtree(final)
-    written.rename(final)
+            self._counts = Counts(**read_json(counts)).share()

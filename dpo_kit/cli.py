@@ -8,7 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -17,10 +20,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_kit import comparison_cli, evaluation_cli, sample_cli
+from dpo_kit import comparison_cli, evaluation_cli, merge_cli, sample_cli
 from dpo_kit.cli_options import Json, Sources, say, silent, with_load_options
 from dpo_kit.data_cli import data_app
 from dpo_kit.pairs.options import LoadOptions
+from dpo_kit.shown_text import visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +39,7 @@ app.command()(comparison_cli.ppo)
 app.command()(comparison_cli.frontier)
 app.command()(sample_cli.sample)
 app.command("eval")(evaluation_cli.evaluate)
+app.command()(merge_cli.merge)
 
 CacheDir = Annotated[
     Path | None, typer.Option("--cache-dir", help="Default: $DPO_KIT_CACHE or ~/.cache/dpo_kit.")
@@ -49,6 +54,8 @@ def _options(
 
 
 _debug = False
+# How long another rank waits for the first one to say what is wrong.
+_PATIENCE_S = 5.0
 
 
 @app.command()
@@ -56,16 +63,22 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, see recipes/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Only kernels that give the same bits each time; slower.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train, evaluate, and write the run folder."""
+    """Train, evaluate, and write the run folder; under torchrun or accelerate launch on all ranks."""
     from dpo_kit.recipe import Recipe
     from dpo_kit.run import run_recipe
 
-    loaded = Recipe.load(recipe, overrides or [])
+    more = ["train.full_determinism=true"] if deterministic else []
+    loaded = Recipe.load(recipe, [*(overrides or []), *more])
     # A reward of the user's own may print; stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr):
         result = run_recipe(loaded, resume=resume, say=silent if as_json else say)
+    if _rank():
+        return
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.summary}))
         return
@@ -167,7 +180,7 @@ def cache_fill(
     loaded = Recipe.load(recipe, overrides or [])
     with contextlib.redirect_stdout(sys.stderr):
         figures = fill_cache(loaded, say=silent if as_json else say)
-    if as_json:
+    if as_json and not _rank():
         print(json.dumps(figures))
 
 
@@ -193,7 +206,7 @@ def cache_verify(cache_dir: CacheDir = None) -> None:
     found = list(ReferenceCache(cache_dir).verify())
     damaged = [(path, problem) for path, problem in found if problem]
     for path, problem in damaged:
-        print(f"{path}: {problem}")
+        print(visible(f"{path}: {problem}"))
     say(f"{len(found)} shards, {len(damaged)} damaged")
     if damaged:
         raise typer.Exit(1)
@@ -217,7 +230,7 @@ def cache_prune(
         older_than=older_than, model=model, damaged=damaged, everything=everything, dry_run=dry_run
     )
     for path, _ in removed:
-        print(path)
+        print(visible(str(path)))
     did = "would be removed" if dry_run else "removed"
     say(f"{did}: {len(removed)} files, {sum(size for _, size in removed):,} bytes")
 
@@ -226,7 +239,7 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[dict[str, An
     """Rows under columns, on stdout; nothing is cut, so that keys can be copied."""
     table = [
         list(columns),
-        *(["-" if row[name] is None else str(row[name]) for name in columns] for row in rows),
+        *(["-" if row[name] is None else visible(str(row[name])) for name in columns] for row in rows),
     ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     print(title)
@@ -272,13 +285,42 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {message}")
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    from dpo_kit.errors import RankWarning
+
+    # What is found on all ranks is said by one of them.
+    if _rank() == 0:
+        say(f"warning: {message}")
+    elif issubclass(category, RankWarning):
+        say(f"warning, rank {_rank()}: {message}")
+
+
+def _rank() -> int:
+    """As its launcher says: nothing that knows more is imported yet."""
+    return int(os.environ.get("RANK", 0))
+
+
+def _terminated(number: int, frame: Any) -> None:
+    from dpo_kit.errors import StoppedError
+
+    raise StoppedError("terminated (train --resume goes on from the newest checkpoint)", number)
+
+
+def _fail(message: str, status: int) -> None:
+    """Say why, and leave."""
+    if _debug:
+        message = f"{traceback.format_exc()}{message}"
+    if _rank():
+        # All ranks find the same in the same input. Then the first one says it, and its end is that of all.
+        time.sleep(_PATIENCE_S)
+        message = f"rank {_rank()}: {message}"
+    say(message)
+    sys.exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
-    from dpo_kit.errors import DpoKitError
+    from dpo_kit.errors import DpoKitError, StoppedError
 
     warnings.showwarning = _show_warning
     if hasattr(sys.stdout, "reconfigure"):
@@ -286,23 +328,23 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     # What was left out is said by the commands themselves.
     logging.getLogger("dpo_kit.pairs").setLevel(logging.ERROR)
+    # Says at each start that it has no faster kernel for the processor.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     global _debug
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Before or after the command: it is wanted when the line has been typed already.
     _debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if _rank() == 0:
+        # Other ranks are ended by their launcher, and may be waiting where no handler is called.
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        say("interrupted (train --resume goes on from the newest checkpoint)")
-        sys.exit(130)
+        _fail("interrupted (train --resume goes on from the newest checkpoint)", 130)
+    except StoppedError as error:
+        _fail(str(error), error.exit_status)
     except DpoKitError as error:
-        if _debug:
-            traceback.print_exc()
-        say(f"error: {error}")
-        sys.exit(error.exit_status)
+        _fail(f"error: {error}", error.exit_status)
     except Exception as error:
-        if _debug:
-            traceback.print_exc()
-        say(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)")
-        sys.exit(1)
+        _fail(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)", 1)

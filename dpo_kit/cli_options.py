@@ -16,6 +16,7 @@ import typer
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.options import LoadOptions
+from dpo_kit.shown_text import visible, without_secrets
 
 Sources = Annotated[
     list[str], typer.Argument(help="Files, folders, globs, hf://owner/name@split, or names of `data list`.")
@@ -58,8 +59,8 @@ def naming_options(own: Mapping[str, str] | None = None) -> Iterator[None]:
 
 
 def say(line: str) -> None:
-    """A line to the user, beside what stdout is for."""
-    print(line, file=sys.stderr, flush=True)
+    """A line to the user, beside what stdout is for; names and data in it cannot steer the terminal."""
+    print(visible(without_secrets(line)), file=sys.stderr, flush=True)
 
 
 def silent(line: str) -> None:

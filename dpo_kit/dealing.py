@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
 from dpo_kit.errors import InputError
@@ -49,7 +50,7 @@ class TokenRows(Dataset):
     def __init__(self, dataset: datasets.Dataset, partners: IntArray | None = None) -> None:
         if partners is not None and len(partners) != len(dataset):
             raise ValueError(f"{len(partners)} partners for {len(dataset)} rows")
-        self._dataset, self._partners = dataset, partners
+        self._dataset, self.partners = dataset, partners
         self._names = [name for name in READ if name in dataset.column_names]
         batches = dataset.data.table.select(self._names).to_batches()
         self._parts = [dict(zip(self._names, map(_reader, batch.columns), strict=True)) for batch in batches]
@@ -60,7 +61,7 @@ class TokenRows(Dataset):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A process that is not forked opens the file; the views would be sent as what they show.
-        return TokenRows, (self._dataset, self._partners)
+        return TokenRows, (self._dataset, self.partners)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -71,12 +72,30 @@ class TokenRows(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Several rows at once, as torch's dataloader asks for them."""
         rows = self._read(indices, self._names)
-        if self._partners is not None:
-            names = [name for name in REPLIES if name in self._names]
-            partners = self._read(self._partners[np.asarray(indices, np.int64)], names)
+        if self.partners is not None:
+            partners = self._read(self.partners[np.asarray(indices, np.int64)], self.replies)
             for row, partner in zip(rows, partners, strict=True):
                 row["partner"] = _replies(partner)
         return rows
+
+    @property
+    def replies(self) -> list[str]:
+        """Names of the columns that hold replies."""
+        return [name for name in REPLIES if name in self._names]
+
+    def prompt(self, index: int) -> npt.NDArray[np.integer[Any]]:
+        """A row's prompt alone."""
+        found: npt.NDArray[np.integer[Any]] = self._read([index], ["prompt_ids"])[0]["prompt_ids"]
+        return found
+
+    def lengths(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
+        """([N], [N]) the lengths, and their squares, of all lists of ids that each row has in some columns,
+        added up. No token is read, and no row becomes a Python object.
+        """
+        columns = [self._dataset.data.table.column(name) for name in names]
+        summed = [np.concatenate([_lengths(c) for c in column.chunks], axis=1) for column in columns]
+        tokens, squares = np.sum(summed, axis=0)
+        return (tokens, squares) if self._chosen is None else (tokens[self._chosen], squares[self._chosen])
 
     def _read(self, indices: Sequence[int] | IntArray, names: list[str]) -> list[dict[str, Any]]:
         rows = np.asarray(indices if self._chosen is None else self._chosen[indices], np.int64)
@@ -105,6 +124,17 @@ def _reader(column: pa.Array) -> Callable[[int], Any]:
     return lambda row: [inner(place) for place in range(bounds[row], bounds[row + 1])]
 
 
+def _lengths(column: pa.Array) -> IntArray:
+    """[2, N] sum of the lengths, and of their squares, of each row's list, or of the lists in it."""
+    bounds = column.offsets.to_numpy()
+    if not hasattr(column.values, "offsets"):
+        lengths = np.diff(bounds).astype(np.int64)
+        return np.stack([lengths, lengths**2])
+    inner = _lengths(column.values)
+    summed = np.concatenate([np.zeros((2, 1), np.int64), inner.cumsum(axis=1)], axis=1)
+    return summed[:, bounds[1:]] - summed[:, bounds[:-1]]
+
+
 def _as_array(value: Any) -> Any:
     return np.asarray(value) if isinstance(value, list) else value
 
@@ -112,15 +142,14 @@ def _as_array(value: Any) -> Any:
 class PromptGroups(Sampler[int]):
     """A random order of rows in which those of one prompt stand together; see `deal`.
 
-    It is the same on all ranks. Accelerate hands whole batches to the ranks in turn, so `batch_size` is what
-    one rank's dataloader takes at a time, and one step is as many neighbouring batches as there are ranks.
+    It is the same on all ranks, and on any number of them.
 
     Rows of one prompt are not independent: a step's gradient is an average over fewer prompts than with a
     plain shuffle, and so is noisier. What is trained on in an epoch stays the same, its order does not.
 
     Args:
         dataset: tokenised, of any kind.
-        batch_size: rows of a dataloader's batch.
+        batch_size: rows of a step, over all ranks.
         seed: with the epoch, decides the order.
     """
 

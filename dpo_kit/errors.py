@@ -15,6 +15,10 @@ class DpoKitWarning(UserWarning):
     """Something is off but the run goes on: a fall-back was taken, a setting has no effect."""
 
 
+class RankWarning(DpoKitWarning):
+    """What concerns one rank alone, and is shown whichever that is."""
+
+
 class DpoKitError(Exception):
     """Base of the errors that are reported without a traceback."""
 

@@ -23,6 +23,7 @@ from dpo_kit.cli_options import (
 )
 from dpo_kit.errors import InputError
 from dpo_kit.pairs.options import LoadOptions
+from dpo_kit.shown_text import visible
 
 _SAMPLING = "How replies are sampled"
 
@@ -210,7 +211,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for name in columns:
         table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
-        table.add_row(*(escape(_cell(row.get(name))) for name in columns))
+        table.add_row(*(escape(visible(_cell(row.get(name)))) for name in columns))
     Console(stderr=True).print(table)
 
 

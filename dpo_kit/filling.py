@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import SequentialSampler
 from tqdm.auto import tqdm
 
+from dpo_kit import ranks
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.dealing import PromptGroups
 from dpo_kit.errors import DpoKitWarning
@@ -47,28 +45,23 @@ class Filled:
     seconds: float = 0.0
 
 
-def rows_ahead(
-    dataset: Any, args: PreferenceConfig, order: Callable[[], Iterable[Sequence[int]]]
-) -> list[int] | None:
+def rows_ahead(dataset: Any, args: PreferenceConfig, order: Callable[[], Iterable[int]]) -> list[int] | None:
     """The rows that training comes to, where it ends before it has seen all of them; else None.
 
     Args:
         dataset: that is trained on.
         args: of the run.
-        order: the batch sampler that this rank's dataloader will have.
+        order: the sampler that training will have, the same on all ranks.
     """
-    if dataset is None or not 0 < args.max_steps * args.train_batch_size < len(dataset):
+    assert args.batch_size is not None
+    count = args.max_steps * args.batch_size
+    if dataset is None or not 0 < count < len(dataset):
         return None
-    batches = order()
+    sampler = order()
     # Another sampler draws from the global generator, and not what it will draw then.
-    sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
     if not isinstance(sampler, (SeedableRandomSampler, SequentialSampler, PromptGroups)):
         return None
-    with torch.random.fork_rng():
-        own = [row for batch in islice(batches, args.max_steps) for row in batch]
-    # All ranks are to know what each is dealt, to share it out.
-    found: list[int] = gather_object(own)
-    return found
+    return list(islice(sampler, count))
 
 
 def fill(
@@ -76,8 +69,8 @@ def fill(
     dataset: Any,
     places: Sequence[int] | None,
     planner: Planner,
-    accelerator: Accelerator,
     filled: Filled,
+    together: nn.Module | None = None,
 ) -> None:
     """Have the reference compute what it lacks of some rows; on several ranks, a share on each.
 
@@ -86,13 +79,13 @@ def fill(
         dataset: tokenised.
         places: which of its rows; None for all.
         planner: of the run.
-        accelerator: of the trainer.
         filled: is counted on.
+        together: the reference itself where it lies in shards over the ranks.
     """
     started, args = time.perf_counter(), planner.args
     rows = planner.rows_of(dataset)
     wanted = range(len(rows)) if places is None else places
-    layouts: list[Layout] = []
+    layouts: list[Layout] = [] if together is None else [planner.layout]
 
     def groups() -> Iterator[list[Example]]:
         for start in range(0, len(wanted), _ROWS):
@@ -116,16 +109,16 @@ def fill(
 
     bar = tqdm(desc="reference", unit=" sequences", disable=True if args.disable_tqdm else None)
     with contextlib.closing(bar):
-        filled.computed += reference.fill(
-            groups(),
-            plan=plan,
-            device=args.device,
-            settle=settle,
-            progress=bar.update,
-            rank=args.process_index,
-            ranks=args.world_size,
-        )
+        common: dict[str, Any] = {"plan": plan, "device": args.device, "progress": bar.update}
+        if together is None:
+            ours = {"rank": args.process_index, "ranks": args.world_size}
+            filled.computed += reference.fill(groups(), settle=settle, **common, **ours)
+        else:
+            assert planner.filler is not None
+            filler = planner.whole([planner.filler])
+            filled.computed += reference.fill_together(together, groups(), filler=filler, **common)
     if args.world_size > 1:
-        accelerator.wait_for_everyone()
+        # However long the others take: they may have more that is missing.
+        ranks.wait()
         reference.reload()
     filled.seconds += time.perf_counter() - started

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_kit.disk import writing
+
 
 def json_line(row: Any) -> str:
     """A row as it stands in a file, with its line break."""
@@ -18,9 +20,10 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write a whole file, row by row: beside its place first, then renamed."""
     written = path.with_name(f".{path.name}.writing")
     # Half of a surrogate pair has no UTF-8, but an escape in JSON: the same as backslashreplace writes.
-    with open(written, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(map(json_line, rows))
-    os.replace(written, path)
+    with writing(path.name, path.parent, partial=written):
+        with open(written, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.writelines(map(json_line, rows))
+        os.replace(written, path)
 
 
 def read_lines(path: Path) -> list[Any]:

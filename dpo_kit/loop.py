@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dpo_kit.checkpoints import CheckpointingTrainer
 from dpo_kit.checks import check_finite, check_step_zero
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import DpoKitWarning, TrainingError
+from dpo_kit.errors import DpoKitWarning, RankWarning, TrainingError
 from dpo_kit.losses import LogProbs, Objective
 from dpo_kit.metrics import DisplacementWatch, WeightedMeans, pair_metrics
 from dpo_kit.models import tree_attention
@@ -88,6 +88,12 @@ class TrainingLoop(CheckpointingTrainer):
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
         self._logged_pairs = self._counts.pairs
+        if ranks.is_first():
+            self._means["train"] = WeightedMeans.of_state(self._counts.unlogged, self.args.device)
+
+    def _counts_now(self) -> Counts:
+        means = WeightedMeans.merged(ranks.gather(self._means["train"].cpu()))
+        return replace(super()._counts_now(), unlogged=means.state())
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
@@ -244,7 +250,7 @@ class TrainingLoop(CheckpointingTrainer):
             )
         self.args.reduced_tokens = budget
         message = f"memory ran out ({problem}): micro-batches have {budget} tokens from here on"
-        warnings.warn(message, DpoKitWarning, stacklevel=2)
+        warnings.warn(message, RankWarning, stacklevel=2)
 
     def _run(self, model: nn.Module, inputs: dict[str, Any], totals: Totals) -> Tensor:
         """[P] losses of this rank's pairs; gradients are computed, and meet across ranks in the last pass."""
@@ -289,8 +295,10 @@ class TrainingLoop(CheckpointingTrainer):
         return tree_attention(model) if self.layout == "tree" else contextlib.nullcontext()
 
     def _sync(self, model: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients meet across ranks once a step."""
-        return contextlib.nullcontext() if now else self.accelerator.no_sync(model)
+        """Gradients meet across ranks once a step; with `sync_each_batch`, in shards after each pass."""
+        settings = self.accelerator.gradient_state.plugin_kwargs
+        each = self._is_sharded and settings.get("sync_each_batch", False)
+        return contextlib.nullcontext() if now or each else self.accelerator.no_sync(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm; None where the step is left out, since its loss or gradient is not finite."""

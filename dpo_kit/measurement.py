@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from dpo_kit import ranks
 from dpo_kit.errors import InputError
 from dpo_kit.evaluation import load_prompts, load_reward
 from dpo_kit.evaluation.kl import sequence_kl
@@ -120,7 +121,9 @@ class Samples:
         kls = None
         if reference is not None and self.has_kl:
             kls = sequence_kl(model, reference, drawn).tolist()
-        rewards = self.reward([s.prompt for s in drawn], [s.reply for s in drawn]) if self.reward else None
+        rewards = None
+        if self.reward and ranks.is_first():
+            rewards = self.reward([s.prompt for s in drawn], [s.reply for s in drawn])
         return Measured(drawn, rewards, kls)
 
     @property
@@ -150,6 +153,7 @@ class SampleTracker(TrainerCallback):
         cost: figures of the work done so far, e.g. seconds and tokens.
         pause: a context within which the trainer's clock stands.
         say: gets lines of progress.
+        together: whether all ranks must draw, each the same, since the policy's passes are theirs together.
     """
 
     def __init__(
@@ -164,8 +168,9 @@ class SampleTracker(TrainerCallback):
         cost: Callable[[], dict[str, float]],
         pause: Callable[[], AbstractContextManager[Any]],
         say: Say,
+        together: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.samples, self.folder = samples, folder
+        self.samples, self.folder, self._together = samples, folder, together
         self._policy, self._tokenizer, self._load_reference = policy, tokenizer, load_reference
         self._log, self._cost, self._pause, self._say = log, cost, pause, say
         self._reference: Any = None
@@ -174,7 +179,8 @@ class SampleTracker(TrainerCallback):
     def before(self) -> None:
         """Measure the policy before it is trained; a resumed run has that, unless its prompts changed."""
         path = self._place(0)
-        if not path.exists() or [line["prompt"] for line in read_lines(path)] != self.samples.each_prompt:
+        lacks = not path.exists() or [line["prompt"] for line in read_lines(path)] != self.samples.each_prompt
+        if ranks.broadcast(lacks):
             self.measure(0)
 
     def on_step_end(
@@ -196,22 +202,29 @@ class SampleTracker(TrainerCallback):
             self.measure(state.global_step)
 
     def measure(self, step: int) -> None:
-        """Draw, measure, log and write."""
+        """Draw, measure, log and write: the first rank, or all alike where the policy is in shards."""
         self._last = step
         if not self.samples.prompts:
             return
         cost = self._cost()
         with self._pause():
-            self._say(f"sampling on {len(self.samples.prompts)} held-out prompts, step {step}")
-            # A second model is in memory only where it is needed between two steps.
-            if step > 0 and self._reference is None and self.samples.has_kl:
-                self._reference = self._load_reference()
-            found = self.samples.measure(self._policy(), self._tokenizer, self._reference)
-            if step == 0 and self.samples.has_kl:
-                found = replace(found, kls=[0.0] * len(found.samples))
-            self._place(step).parent.mkdir(parents=True, exist_ok=True)
-            write_lines(self._place(step), found.lines())
-            self._log({f"eval_{name}": value for name, value in found.means().items()} | cost)
+            if ranks.is_first() or self._together():
+                self._measure(step, cost)
+            ranks.wait()
+
+    def _measure(self, step: int, cost: dict[str, float]) -> None:
+        self._say(f"sampling on {len(self.samples.prompts)} held-out prompts, step {step}")
+        # A second model is in memory only where it is needed between two steps.
+        if step > 0 and self._reference is None and self.samples.has_kl:
+            self._reference = self._load_reference()
+        found = self.samples.measure(self._policy(), self._tokenizer, self._reference)
+        if step == 0 and self.samples.has_kl:
+            found = replace(found, kls=[0.0] * len(found.samples))
+        if not ranks.is_first():
+            return
+        self._place(step).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(self._place(step), found.lines())
+        self._log({f"eval_{name}": value for name, value in found.means().items()} | cost)
 
     def _place(self, step: int) -> Path:
         return evaluation_file(self.folder, step)

@@ -11,7 +11,7 @@ Leaves out what needs samples of the policy (KL(policy || reference), win rates)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -259,6 +259,18 @@ class WeightedMeans:
         sums_K = torch.where(weights_KP != 0, values_KP * weights_KP, 0).sum(1)
         state = torch.stack([sums_K, weights_KP.sum(1)])
         self._states[names] = self._states[names] + state if names in self._states else state
+
+    def state(self) -> list[Any]:
+        """What `of_state` makes the same of, as JSON can hold it; waits for the device."""
+        return [[list(names), *state.tolist()] for names, state in self._states.items()]
+
+    @classmethod
+    def of_state(cls, parts: Sequence[Any], device: torch.device | str | None = None) -> WeightedMeans:
+        """From what `state` gave."""
+        whole = cls()
+        for names, *state in parts:
+            whole._states[tuple(names)] = torch.tensor(state, dtype=torch.float64, device=device)
+        return whole
 
     def cpu(self) -> WeightedMeans:
         """The same on the host, to be sent to other ranks."""

@@ -7,7 +7,7 @@ logits are scaled or capped, and where the head is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from dpo_kit.adapters import adapter_and_base, put_adapter, saves
 from dpo_kit.attention import TREE_ATTENTION
 from dpo_kit.errors import InputError
+from dpo_kit.foreign_code import refused_code, require_safetensors, tell_of_code, untrusted_base
+from dpo_kit.quantised import check_whole, use_exact_layers
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 # What transformers' decoders call the linear layer of a ...ForSequenceClassification.
 _VALUE_HEAD = "score"
 
@@ -76,6 +79,7 @@ def output_head(model: nn.Module) -> Head:
             field="model.lora",
             mend="Leave lm_head out of target_modules; modules_to_save may have it.",
         )
+    check_whole(module)
     config = inner.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale *= getattr(config, "lm_head_multiplier", None) or 1.0
@@ -107,6 +111,7 @@ def value_head(model: nn.Module) -> nn.Module:
             mend=f"Leave {_VALUE_HEAD} out of target_modules; with task_type SEQ_CLS it is trained whole.",
         )
     else:
+        check_whole(getattr(inner, _VALUE_HEAD))
         return getattr(inner, _VALUE_HEAD)
     raise InputError(
         f"{type(inner).__name__} has {problem}",
@@ -115,57 +120,9 @@ def value_head(model: nn.Module) -> nn.Module:
     )
 
 
-@contextlib.contextmanager
-def no_padding_token(model: nn.Module) -> Iterator[None]:
-    """Within: a reward model takes no token for padding; after: as before.
-
-    So its own pooling reads the very last token of a row, and refuses no batch for want of such a token.
-    """
-    configs = [config for config in _configs(model) if hasattr(config, "pad_token_id")]
-    before = [config.pad_token_id for config in configs]
-    try:
-        for config in configs:
-            config.pad_token_id = -1
-        yield
-    finally:
-        for config, token in zip(configs, before, strict=True):
-            config.pad_token_id = token
-
-
-def set_padding_token(model: nn.Module, token: int) -> None:
-    """Have a model's configurations, which are saved with it, name this token as the one for padding."""
-    for config in _configs(model):
-        if hasattr(config, "pad_token_id"):
-            config.pad_token_id = token
-
-
-def padding_advice(model: nn.Module, last_tokens: Collection[int]) -> str:
-    """What to tell the user of a reward model whose padding token is none, or one that replies end with.
-
-    Empty where it is right. dpo_kit reads the value at a reply's last token; whoever loads the model into
-    transformers gets that of the last token that is no padding.
-
-    Args:
-        model: a reward model.
-        last_tokens: of some of the run's replies.
-    """
-    token = unwrap(model).config.get_text_config().pad_token_id  # type: ignore[union-attr, operator]
-    if token is not None and token not in last_tokens:
-        return ""
-    problem = (
-        "the model has no pad_token_id: transformers would refuse to score several replies at once"
-        if token is None
-        else f"replies end with token {token}, which is the model's pad_token_id: transformers would read "
-        "their reward one token before the end"
-    )
-    return (
-        f"{problem}. Set pad_token_id, in the config and in the tokenizer, to a token that no reply ends "
-        "with, such as the one that begins a text"
-    )
-
-
-def load_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
-    """The configuration of a folder or hub id, or from fields (`{"model_type": "llama", ...}`)."""
+def load_config(source: str | Path | dict[str, Any], *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a folder or hub id (an adapter's: its base's), or of fields with `model_type`."""
+    _, source = _taken_apart(source, trust_remote_code)
     if isinstance(source, dict):
         fields = dict(source)
         model_type = fields.pop("model_type", None)
@@ -178,50 +135,73 @@ def load_config(source: str | Path | dict[str, Any]) -> PretrainedConfig:
         except Exception as error:
             raise InputError(f"not a configuration of transformers: {error}", field="model.config") from error
     _check_folder(source)
-    if (Path(source) / "adapter_config.json").is_file() and not (Path(source) / "config.json").is_file():
-        raise InputError(
-            "the folder holds an adapter, not a model",
-            file=source,
-            field="model.path",
-            mend="Merge the adapter into its model with peft's merge_and_unload(), and save that.",
-        )
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if trust_remote_code:
+            tell_of_code(source, PretrainedConfig.get_config_dict(source)[0])
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(_first_line(error), file=source, field="model.path") from error
+        refused = refused_code(error, source, "model.path")
+        raise refused or InputError(_first_line(error), file=source, field="model.path") from error
+
+
+def _taken_apart(source: Any, trust_remote_code: bool) -> tuple[Path | None, Any]:
+    """`adapter_and_base`, which trusts no model for its adapter's sake."""
+    adapter, base = adapter_and_base(source)
+    if trust_remote_code and adapter is not None:
+        raise untrusted_base(adapter)
+    return adapter, base
 
 
 def load_model(
-    source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+    source: str | Path | dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal LM with the weights of a folder or hub id, or random ones from a configuration's fields.
 
     Args:
-        source: folder, hub id, or configuration fields with `model_type`.
+        source: folder, hub id, or configuration fields with `model_type`; of an adapter's folder it is the
+            peft model on the base that the adapter names, with nothing to be trained.
         dtype: dtype of the weights.
         seed: for random weights; the global generator is left as it was.
+        quantization: of the linear layers but for the head; see `dpo_kit.quantised.quantization_config`.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: no such folder, no configuration, no safetensors weights, or not a causal LM.
+        InputError: no such folder, no configuration, no safetensors weights, or not a causal LM; or it
+            cannot be quantised.
     """
-    config = load_config(source)
+    adapter, source = _taken_apart(source, trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     if isinstance(source, dict):
+        _refuse_quantised_random(quantization)
         return _random(AutoModelForCausalLM, "causal LM", config, dtype, seed)
-    model, missing, misshapen = _saved(AutoModelForCausalLM, source, config, dtype, seed)
+    options = {"quantization_config": quantization, "trust_remote_code": trust_remote_code}
+    model, missing, misshapen = _saved(AutoModelForCausalLM, source, config, dtype, seed, options)
     _refuse_lacking(missing | misshapen, source)
-    return model
+    return model if adapter is None else put_adapter(model, adapter)
 
 
 def load_reward_model(
-    source: str | Path | dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0
+    source: str | Path | dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """A reward model, that is a body with a value head (AutoModelForSequenceClassification, one label).
 
     Args:
         source: folder or hub id of a reward model, or of a causal LM, which gets a new value head; or
-            configuration fields with `model_type`.
+            configuration fields with `model_type`; or an adapter's folder, as for `load_model`.
         dtype: dtype of the weights.
         seed: for random weights, a new value head's among them; the global generator is left as it was.
+        quantization: as for `load_model`.
+        trust_remote_code: likewise.
 
     Returns:
         The model, and what a run should say of its value head where that is new, else "".
@@ -229,13 +209,18 @@ def load_reward_model(
     Raises:
         InputError: as `load_model`; or the family has no such class; or the head has several labels.
     """
-    config = load_config(source)
+    adapter, source = _taken_apart(source, trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     labels, config.num_labels = config.num_labels, 1
     if isinstance(source, dict):
+        _refuse_quantised_random(quantization)
         model = _random(AutoModelForSequenceClassification, "reward model", config, dtype, seed)
         value_head(model)
         return model, f"the reward model is new: random weights of seed {seed}"
-    model, missing, misshapen = _saved(AutoModelForSequenceClassification, source, config, dtype, seed)
+    options = {"quantization_config": quantization, "trust_remote_code": trust_remote_code}
+    model, missing, misshapen = _saved(
+        AutoModelForSequenceClassification, source, config, dtype, seed, options
+    )
     of_head = {f"{_VALUE_HEAD}.{name}" for name, _ in value_head(model).named_parameters()}
     if of_head & misshapen:
         problem = f"the value head has num_labels {labels}, and that of a reward model 1"
@@ -243,7 +228,10 @@ def load_reward_model(
         raise InputError(problem, file=source, field="model.path", mend=mend)
     is_new = of_head <= missing
     _refuse_lacking((missing - of_head if is_new else missing) | misshapen, source)
-    return model, f"{source} has no value head: a new one is trained, random of seed {seed}" if is_new else ""
+    about = f"{source} has no value head: a new one is trained, random of seed {seed}" if is_new else ""
+    if adapter is None:
+        return model, about
+    return put_adapter(model, adapter), "" if saves(adapter, _VALUE_HEAD) else about
 
 
 def _random(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -256,30 +244,47 @@ def _random(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, 
             raise InputError(f"no {name} can be made: {problem}", field="model.config") from error
 
 
+def _refuse_quantised_random(quantization: BitsAndBytesConfig | None) -> None:
+    if quantization is not None:
+        raise InputError(
+            "random weights are not quantised: a base that stays random has nothing to be adapted",
+            field="model.quantization",
+            mend="Name a model.path, or leave it out.",
+        )
+
+
 def _saved(
-    kind: Any, source: str | Path, config: PretrainedConfig, dtype: torch.dtype, seed: int
+    kind: Any,
+    source: str | Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    options: dict[str, Any],
 ) -> tuple[PreTrainedModel, set[str], set[str]]:
     """A model of a folder or hub id, and the names of the tensors that it lacks, and has in other shapes.
 
     Both are filled with random numbers of the seed.
     """
     folder = Path(source)
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
+    if folder.is_dir():
+        require_safetensors(folder, field="model.path")
+    if options["quantization_config"] is not None and hasattr(config, "quantization_config"):
         raise InputError(
-            "the model folder has no weights (*.safetensors)",
-            file=folder,
-            field="model.path",
-            mend="Save the model with save_pretrained(); pickled weights (*.bin, *.pt) are never loaded.",
+            "the model is saved quantised already",
+            file=source,
+            field="model.quantization",
+            mend="Leave it out: the model is taken as it is.",
         )
-    options = {"trust_remote_code": False, "use_safetensors": True}
     # So that the callers can refuse them by name.
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"use_safetensors": True}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model, found = kind.from_pretrained(source, config=config, dtype=dtype, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise InputError(_first_line(error), file=source, field="model.path") from error
+    use_exact_layers(model)
     # Of what has another shape, transformers says (name, found, expected).
     misshapen = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
     return model, set(found["missing_keys"]), misshapen
@@ -369,7 +374,7 @@ def disable_dropout(model: nn.Module) -> bool:
     return found
 
 
-def _configs(model: nn.Module) -> list[PretrainedConfig]:
+def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """Every distinct configuration that a layer of the model reads its attention function from."""
     found: dict[int, PretrainedConfig] = {}
     for module in unwrap(model).modules():
@@ -387,7 +392,7 @@ def tree_attention(model: nn.Module) -> Iterator[None]:
 
     The backward pass belongs inside where gradient checkpointing computes the forward again.
     """
-    before = [(config, config._attn_implementation) for config in _configs(model)]
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
         # Not set_attn_implementation(): it asks the hub for names that it does not know.
         for config, _ in before:

@@ -13,6 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
 
+from dpo_kit.adapters import check_new, check_trains, name_base
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.examples import Example, example_of
@@ -23,12 +24,12 @@ from dpo_kit.models import (
     load_model,
     load_reward_model,
     output_head,
-    padding_advice,
-    set_padding_token,
     value_head,
 )
 from dpo_kit.packing import Layout
+from dpo_kit.padding import padding_advice, set_padding_token
 from dpo_kit.pairs.kinds import kind_of_columns, kind_of_ids
+from dpo_kit.quantised import check_trainable, use_exact_layers
 from dpo_kit.scoring import backend_difference, choose_layout
 from dpo_kit.tokenization import tokenize_pairs
 
@@ -79,17 +80,28 @@ def prepared_policy(
 
     Args:
         model: a model, or a folder or hub id.
-        peft_config: of an adapter, or None.
+        peft_config: of a new adapter, or None.
         rewards: whether it is a reward model.
         seed: of a new adapter's weights; the global generator is left as it was.
 
     Raises:
-        InputError: it has no head that could be trained, or an adapter that leaves the value head as it is.
+        InputError: it has no head that could be trained, an adapter that leaves the value head as it is, or
+            one that cannot be trained here; or it is quantised and has no adapter.
     """
     if not isinstance(model, nn.Module):
         model = load_reward_model(model, seed=seed)[0] if rewards else load_model(model)
     policy = own_forward(model)
+    has_adapter = hasattr(policy, "peft_config")
+    if has_adapter:
+        check_trains(policy)
     if peft_config is not None:
+        if has_adapter:
+            raise InputError(
+                "the model has an adapter already, and another would be put on top of it",
+                field="peft_config",
+                mend="Leave it out to train that one further, or merge that one first (dpo-kit merge).",
+            )
+        check_new(peft_config)
         from peft import get_peft_model
 
         with torch.random.fork_rng():
@@ -99,6 +111,9 @@ def prepared_policy(
             except AttributeError as error:
                 # What a task_type looks for in a model of another kind.
                 raise InputError(str(error), field="model.lora", mend=_LORA_MEND[rewards]) from error
+    check_trainable(policy)
+    if hasattr(policy, "peft_config"):
+        name_base(policy)
     if disable_dropout(policy):
         warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=3)
     if not rewards:
@@ -135,46 +150,54 @@ def settle_padding(model: nn.Module, tokenizer: Any, dataset: Any) -> None:
 
 
 def own_forward(model: nn.Module) -> nn.Module:
-    """The model without the autocast that an earlier trainer wrapped around its forward."""
+    """The model without the autocast that an earlier trainer wrapped around its forward.
+
+    Its quantised layers, where it has any, are made exact; see `quantised.use_exact_layers`.
+    """
+    use_exact_layers(model)
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+
+
+def probe_of(
+    dataset: Dataset, longest: int, to_example: Callable[[dict[str, Any]], Example]
+) -> list[Example]:
+    """What the start-up checks look at: the first rows of a tokenised data set, and its longest.
+
+    Args:
+        dataset: tokenised.
+        longest: which row holds its longest sequence.
+        to_example: row -> what is trained on.
+    """
+    rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[longest]]
+    return [to_example(row) for row in rows]
 
 
 def settle_layout(
     models: Sequence[nn.Module],
-    dataset: Dataset,
-    longest: tuple[int, int],
+    pairs: Sequence[Example],
+    longest: int,
     args: PreferenceConfig,
-    to_example: Callable[[dict[str, Any]], Example],
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    backend: str,
 ) -> Layout:
     """The tree where every model may be trusted with it; see `scoring.choose_layout`.
 
-    An attention backend that fails on a model is replaced by `gathered`, in `args.attention`.
-
     Args:
         models: policy and, where it is another model, reference.
-        dataset: tokenised; its first rows and its longest are what is looked at.
-        longest: its longest sequence, see `longest_sequence`.
+        pairs: some of what is trained on, the longest among them.
+        longest: tokens of the longest sequence.
         args: layout says what is wanted, max_length stands in messages.
-        to_example: row -> what is trained on.
-        autocast: what the models run in.
+        backend: of the tree's attention.
 
     Raises:
         InputError: sequences that a model has no positions for, or a tree that is asked for by name and
             cannot be trusted.
     """
-    tokens, place = longest
     for model in models:
-        check_length(model, args.max_length, tokens)
+        check_length(model, args.max_length, longest)
     if args.layout == "padded":
         return "padded"
-    rows = [*dataset.select(range(min(len(dataset), _PROBE_ROWS))), dataset[place]]
-    pairs = [to_example(row) for row in rows]
-    reasons = [
-        reason
-        for layout, reason in (choose_layout(m, pairs, args.backend) for m in models)
-        if layout == "padded"
-    ]
+    found = (choose_layout(model, pairs, backend) for model in models)
+    reasons = [reason for layout, reason in found if layout == "padded"]
     if reasons and args.layout == "tree":
         raise InputError(
             reasons[0], field="train.layout", mend="Set it to auto: padded sequences are then used."
@@ -182,14 +205,29 @@ def settle_layout(
     for reason in reasons:
         message = f"{reason}; separate padded sequences are used, which is slower"
         warnings.warn(message, DpoKitWarning, stacklevel=4)
-    if reasons:
-        return "padded"
-    if args.backend != "gathered":
-        with autocast():
-            failures = filter(None, (backend_difference(m, pairs, args.backend) for m in models))
-            wrong = next(failures, None)
-        if wrong:
-            message = f"attention '{args.backend}' is not right here ({wrong}); 'gathered' is used"
-            warnings.warn(message, DpoKitWarning, stacklevel=4)
-            args.attention = "gathered"
-    return "tree"
+    return "padded" if reasons else "tree"
+
+
+def settle_attention(
+    models: Sequence[nn.Module],
+    pairs: Sequence[Example],
+    args: PreferenceConfig,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
+    """Have `gathered` take the place of an attention backend that fails on a model, in `args.attention`.
+
+    Args:
+        models: trusted with the tree, on their device; one that is sharded is run by all ranks together.
+        pairs: some of what is trained on.
+        args: of the run.
+        autocast: what the models run in.
+    """
+    if args.backend == "gathered":
+        return
+    with autocast():
+        failures = filter(None, (backend_difference(m, pairs, args.backend) for m in models))
+        wrong = next(failures, None)
+    if wrong:
+        message = f"attention '{args.backend}' is not right here ({wrong}); 'gathered' is used"
+        warnings.warn(message, DpoKitWarning, stacklevel=4)
+        args.attention = "gathered"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import lru_cache
 from typing import TypeVar
 
 import torch.distributed as dist
+
+from dpo_kit.errors import DpoKitError
 
 T = TypeVar("T")
 
@@ -38,6 +40,11 @@ def ranks() -> int:
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return rank() == 0
+
+
+def first_only(say: Callable[[str], None]) -> Callable[[str], None]:
+    """What says lines on the first rank, and nothing on the others."""
+    return say if is_first() else lambda line: None
 
 
 @lru_cache(maxsize=1)
@@ -100,3 +107,17 @@ def gather(value: T) -> list[T]:
 def agree(flag: bool) -> bool:
     """Whether any rank says so."""
     return any(gather(flag))
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What rank 0 makes of some work, on all ranks; or the error of ours that it raises."""
+    done: tuple[T | None, DpoKitError | None] = (None, None)
+    if is_first():
+        try:
+            done = work(), None
+        except DpoKitError as error:
+            done = None, error
+    result, failure = broadcast(done)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]

@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+import torch
+from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
 
-from dpo_kit.config import PreferenceConfig
+from dpo_kit.config import PreferenceConfig, bf16_is_fast
 from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
 from dpo_kit.pairs import LoadOptions
+from dpo_kit.quantised import quantization_config, quantization_fields
 from dpo_kit.recipe_sections import (
     BestOfNSection,
     CandidatesSection,
@@ -34,8 +36,9 @@ from dpo_kit.recipe_sections import (
     RewardModelSection,
     Section,
     SftSection,
+    with_base,
 )
-from dpo_kit.yaml_file import apply_override, read_yaml
+from dpo_kit.yaml_file import apply_override, check_texts, read_yaml
 
 
 class Recipe(Section):
@@ -75,7 +78,9 @@ class Recipe(Section):
         """A recipe from nested dictionaries; `lines` maps dotted keys to lines of the file."""
         lines = lines or {}
         try:
+            check_texts(content)
             recipe = cls.model_validate(content)
+            recipe = recipe.model_copy(update={"model": with_base(recipe.model, recipe.sft is not None)})
             _check_together(recipe)
             _check_reference(recipe)
             make_objective(recipe.loss)
@@ -119,6 +124,23 @@ class Recipe(Section):
         }
         return make_training_config(fields | self.train | changes)
 
+    def loading_options(self) -> dict[str, Any]:
+        """How `load_model` and `load_reward_model` are to load the policy, beside its dtype and seed.
+
+        Raises:
+            InputError: see `dpo_kit.quantised.quantization_config`.
+        """
+        # Not of `training_config`: to make one takes the running trainer's accelerator away.
+        fp16, section = bool(self.train.get("fp16")), self.model
+        bf16 = bf16_is_fast() and not fp16 if (asked := self.train.get("bf16")) is None else asked
+        compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
+        quantization = quantization_config(section.quantization, compute or getattr(torch, section.dtype))
+        return {"quantization": quantization, "trust_remote_code": section.trust_remote_code}
+
+    def tokenizer_options(self) -> dict[str, Any]:
+        """How `load_tokenizer` is to load the policy's: with code where it lies beside a trusted model."""
+        return {"trust_remote_code": self.model.trust_remote_code and self.model.tokenizer is None}
+
     def resolved(self, config: PreferenceConfig) -> dict[str, Any]:
         """Every key with its value, defaults written out; what `check` takes."""
         content = self.model_dump()
@@ -139,6 +161,10 @@ _ELSEWHERE = {
 }
 
 
+# transformers' fields that hold a secret, such as hub_token.
+_OF_TOKENS = "_token"
+
+
 def make_training_config(fields: dict[str, Any]) -> PreferenceConfig:
     """PreferenceConfig from a recipe's fields; its own refusals become InputErrors."""
     try:
@@ -153,6 +179,9 @@ def training_fields(config: PreferenceConfig) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         value = value.value if isinstance(value, enum.Enum) else value
+        if field.name.endswith(_OF_TOKENS):
+            # In a configuration made in Python there may be one, and recipes are written into run folders.
+            value = None
         if field.init and field.name not in _ELSEWHERE and _is_plain(value):
             found[field.name] = value
     return found
@@ -179,13 +208,22 @@ def check_training_fields(fields: dict[str, Any], section: str) -> None:
             )
         if key not in known:
             raise InputError("unknown key", field=f"{section}.{key}", mend=_nearest(key, known))
+        if key.endswith(_OF_TOKENS) and value is not None:
+            raise InputError(
+                "recipes are copied into run folders, and hold no token",
+                field=f"{section}.{key}",
+                mend="Set the environment variable HF_TOKEN.",
+            )
         try:
-            TypeAdapter(_without_enums(hints[key])).validate_python(value)
+            adapter = TypeAdapter(_without_enums(hints[key]))
+        except PydanticUserError:
+            # A class of transformers, which pydantic cannot judge.
+            continue
+        try:
+            adapter.validate_python(value)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             raise InputError(f"{message}, got {value!r}", field=f"{section}.{key}") from None
-        except Exception:
-            continue
 
 
 def _without_enums(hint: Any) -> Any:
@@ -222,8 +260,24 @@ def _check_together(recipe: Recipe) -> None:
             mend="Name a tokenizer folder or hub id.",
         )
     if model.quantization is not None:
+        _check_quantization(recipe)
+
+
+def _check_quantization(recipe: Recipe) -> None:
+    model = recipe.model
+    assert model.quantization is not None
+    quantization_fields(model.quantization)
+    if model.path is None and recipe.sft is None:
         raise InputError(
-            "quantised training is not supported yet", field="model.quantization", mend="Set it to null."
+            "random weights are not quantised: a base that stays random has nothing to be adapted",
+            field="model.quantization",
+            mend="Name a model.path, or train the model first (sft).",
+        )
+    if not (model.lora or model.peft or model.adapter):
+        raise InputError(
+            "quantised weights cannot be trained, and there is no adapter",
+            field="model.quantization",
+            mend="Add one, such as model.lora={r: 16, target_modules: all-linear}, or leave this out.",
         )
 
 

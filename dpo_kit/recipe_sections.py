@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator
 
+from dpo_kit.adapters import base_of, check_one_adapter
 from dpo_kit.pairs import LoadOptions
+from dpo_kit.tokenizer import has_tokenizer
 
 SourceList = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """Sources of rows or texts; one may stand alone."""
@@ -31,7 +33,39 @@ class ModelSection(Section):
         "float32", description="of the weights"
     )
     lora: dict[str, Any] | None = Field(None, description="fields of peft's LoraConfig")
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="bitsandbytes quantisation")
+    peft: dict[str, Any] | None = Field(
+        None, description="another kind of adapter: peft_type and the fields of its configuration in peft"
+    )
+    adapter: str | None = Field(None, description="folder of an adapter to train further")
+    quantization: Literal["4bit", "8bit"] | dict[str, Any] | None = Field(
+        None,
+        description="of the frozen base below an adapter: 4bit (nf4, double), 8bit (LLM.int8), or fields of "
+        "transformers' BitsAndBytesConfig",
+    )
+    trust_remote_code: bool = Field(
+        False, description="run the code that the model's own folder or hub repository brings"
+    )
+
+
+def with_base(section: ModelSection, has_sft: bool) -> ModelSection:
+    """The section that says where an adapter that is trained further has its base model and tokenizer.
+
+    Args:
+        section: as it was read.
+        has_sft: whether the recipe trains the base model first.
+
+    Raises:
+        InputError: more than one adapter, one on a base that SFT would change, or one without its base.
+    """
+    check_one_adapter(section.model_dump(), has_sft=has_sft)
+    if section.adapter is None:
+        return section
+    found: dict[str, Any] = {}
+    if section.path is None and section.config is None:
+        found["path"] = base_of(section.adapter)
+    if section.tokenizer is None and has_tokenizer(section.adapter):
+        found["tokenizer"] = section.adapter
+    return section.model_copy(update=found)
 
 
 class ReferenceSection(Section):

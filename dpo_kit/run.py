@@ -7,56 +7,30 @@ report.html plots/, and sft/ where the policy was made from a corpus
 from __future__ import annotations
 
 import copy
-import json
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_kit import ranks
+from dpo_kit.adapters import new_adapter, put_adapter, saves
 from dpo_kit.checkpoints import newest_checkpoint
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.errors import InputError
 from dpo_kit.losses import make_objective
 from dpo_kit.measurement import Samples, SampleTracker, Say, held_out_figures, sample_figures
 from dpo_kit.models import check_length, embedded_tokens, load_model, load_reward_model
 from dpo_kit.pairs import load_with_report
 from dpo_kit.recipe import Recipe
 from dpo_kit.reference import CachedReference, NoReference
-from dpo_kit.run_folder import (
-    check_same_run,
-    describe_environment,
-    digest_recipe,
-    is_finished,
-    make_room,
-    peak_memory_bytes,
-    replace_folder,
-    write_text,
-)
+from dpo_kit.run_folder import peak_memory_bytes
+from dpo_kit.run_output import RunResult, close_run, finished_run, open_folder, write_origin
 from dpo_kit.start import check_start, is_made, make_start, started
 from dpo_kit.tokenization import TokenizedPairs, longest_sequence, tokenize_pairs
 from dpo_kit.tokenizer import load_tokenizer
 from dpo_kit.trainer import PreferenceTrainer
-
-
-@dataclass
-class RunResult:
-    """What a run came to.
-
-    Attributes:
-        folder: the run folder.
-        summary: what summary.json holds.
-        page: the report, where one was made.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    page: Path | None = None
 
 
 def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunResult:
@@ -73,29 +47,44 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
         TrainingError: training had to stop.
     """
     config = recipe.training_config()
+    say = ranks.first_only(say)
     folder = Path(str(config.output_dir))
     resolved = recipe.resolved(config)
-    if resume and (finished := finished_run(folder, resolved, say)):
+    if resume and (finished := finished_run(recipe, folder, resolved, say)):
         return finished
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
     check_start(recipe)
+    parts = None if started(recipe, folder) is not recipe else _prepared(recipe, config, say)
+    ranks.wait()
+    with open_folder(folder, resume, say):
+        figures: dict[str, Any] = {}
+        if parts is None:
+            figures |= make_start(recipe, folder, say)
+            recipe = started(recipe, folder)
+            parts = _prepared(recipe, config, say)
+        return _carry_out(recipe, resolved, config, parts, figures, resume, say)
+
+
+def _prepared(recipe: Recipe, config: PreferenceConfig, say: Say) -> tuple[Any, ...]:
+    """Samples, policy, tokenizer, tokenised data and trainer; see `prepare`."""
     samples = Samples.of(recipe)
-    rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
-    figures: dict[str, Any] = {}
-    if started(recipe, folder) is recipe:
-        parts = prepare(recipe, config, rows, say, samples)
-        open_folder(folder, resume, say)
-    else:
-        open_folder(folder, resume, say)
-        figures |= make_start(recipe, folder, say)
-        recipe, made_pairs = started(recipe, folder), recipe.candidates is not None
-        if made_pairs:
-            samples = Samples.of(recipe)
-            rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
-        parts = prepare(recipe, config, rows, say, samples)
-    policy, tokenizer, data, trainer = parts
+    return samples, *prepare(recipe, config, read_pairs(recipe, say), say, samples)
+
+
+def _carry_out(
+    recipe: Recipe,
+    resolved: dict[str, Any],
+    config: PreferenceConfig,
+    parts: tuple[Any, ...],
+    figures: dict[str, Any],
+    resume: bool,
+    say: Say,
+) -> RunResult:
+    """What comes after the start, in a folder that is open."""
+    samples, policy, tokenizer, data, trainer = parts
+    folder = Path(str(config.output_dir))
     write_origin(folder, resolved, config, policy, {s: d and d.dataset for s, d in data.items()})
-    checkpoint = newest_checkpoint(folder) if resume else None
+    checkpoint = ranks.broadcast(newest_checkpoint(folder) if resume and ranks.is_first() else None)
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     tracker = _track(recipe, trainer, tokenizer, samples, folder, say)
@@ -109,64 +98,9 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     figures |= _train(trainer, checkpoint, say)
     if data["eval"] is not None:
         figures |= held_out_figures(trainer, data["eval"].dataset)
-    figures |= sample_figures(folder, trainer.state.global_step)
+    if ranks.is_first():
+        figures |= sample_figures(folder, trainer.state.global_step)
     return close_run(recipe, folder, resolved, figures, trainer.save_model, say)
-
-
-def finished_run(folder: Path, resolved: dict[str, Any], say: Say) -> RunResult | None:
-    """What a resume finds done already: all of the run, or nothing.
-
-    Raises:
-        InputError: the folder holds a run of another recipe, or no run.
-    """
-    check_same_run(folder, resolved)
-    if not is_finished(folder, resolved):
-        return None
-    say(f"the run in {folder} is finished")
-    page = folder / "report.html"
-    summary = json.loads((folder / "summary.json").read_text())
-    return RunResult(folder, summary, page if page.exists() else None)
-
-
-def write_origin(
-    folder: Path,
-    resolved: dict[str, Any],
-    config: PreferenceConfig,
-    policy: PreTrainedModel,
-    data: dict[str, Dataset | None],
-) -> dict[str, Any]:
-    """Write recipe.yaml and environment.json, what the run is made from, and in; what the latter holds."""
-    write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-    environment = describe_environment(config, policy, data)
-    write_text(folder / "environment.json", json.dumps(environment, indent=2))
-    return environment
-
-
-def close_run(
-    recipe: Recipe,
-    folder: Path,
-    resolved: dict[str, Any],
-    figures: dict[str, Any],
-    save_model: Callable[[str], None],
-    say: Say,
-) -> RunResult:
-    """model/, summary.json with the figures, and the report: what makes a run whole."""
-    written = folder / ".model.writing"
-    save_model(str(written))
-    replace_folder(written, folder / "model")
-    figures["recipe"] = digest_recipe(resolved)
-    write_text(folder / "summary.json", json.dumps(figures, indent=2))
-    return RunResult(folder, figures, _report(recipe, folder, say))
-
-
-def open_folder(folder: Path, resume: bool, say: Say) -> None:
-    """The run folder, without what an earlier run left there unless this one goes on from it."""
-    try:
-        if not resume and (moved := make_room(folder)):
-            say(f"the earlier run in {folder} is now {moved}")
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(error.strerror), file=folder, field="train.output_dir") from error
 
 
 def prepare(
@@ -178,12 +112,19 @@ def prepare(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, TokenizedPairs | None], PreferenceTrainer]:
     """Policy, tokenizer, tokenised data and trainer, checked against each other."""
     policy, tokenizer = load_start(recipe, say)
-    data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
+    with ranks.in_turns():
+        data = {split: _tokenize(recipe, found, tokenizer, say) for split, found in rows.items()}
     longest = max(longest_sequence(found.dataset)[0] for found in data.values() if found is not None)
     check_length(policy, config.max_length, longest)
     if samples is not None:
         samples.check_lengths(policy, tokenizer)
     return policy, tokenizer, data, _make_trainer(recipe, config, policy, tokenizer, data)
+
+
+def read_pairs(recipe: Recipe, say: Say) -> dict[str, Dataset | None]:
+    """Rows to train on and to evaluate; a rank that comes later finds what the first one has kept."""
+    with ranks.in_turns():
+        return {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
 
 
 def read_pairs_of(recipe: Recipe, split: str, say: Say) -> Dataset | None:
@@ -203,16 +144,19 @@ def load_start(
     recipe: Recipe, say: Say = lambda line: None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy before the first preference step, and its tokenizer."""
-    tokenizer = load_tokenizer(str(recipe.model.tokenizer or recipe.model.path))
-    source = recipe.model.path or recipe.model.config
+    named = str(recipe.model.tokenizer or recipe.model.path)
+    tokenizer = load_tokenizer(named, **recipe.tokenizer_options())
+    source, adapter = recipe.model.path or recipe.model.config, recipe.model.adapter
     assert source is not None
     dtype, seed = getattr(torch, recipe.model.dtype), int(recipe.train.get("seed", 42))
     if make_objective(recipe.loss).needs_rewards:
-        policy, about = load_reward_model(source, dtype, seed)
-        if about:
+        policy, about = load_reward_model(source, dtype, seed, **recipe.loading_options())
+        if about and not (adapter and saves(adapter, "score")):
             say(about)
     else:
-        policy = load_model(source, dtype, seed)
+        policy = load_model(source, dtype, seed, **recipe.loading_options())
+    if adapter is not None:
+        policy = put_adapter(policy, adapter, trainable=True)
     rows = embedded_tokens(policy)
     if len(tokenizer) > rows:
         raise InputError(
@@ -244,16 +188,9 @@ def _tokenize(
 
 
 def lora_config(recipe: Recipe) -> Any:
-    """peft's configuration of the policy's adapter; None where it has none."""
-    if recipe.model.lora is None:
-        return None
-    from peft import LoraConfig
-
-    try:
-        task = "SEQ_CLS" if make_objective(recipe.loss).needs_rewards else "CAUSAL_LM"
-        return LoraConfig(**({"task_type": task} | recipe.model.lora))
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error), field="model.lora") from error
+    """peft's configuration of the policy's new adapter, of whatever kind; None where it has none."""
+    rewards = make_objective(recipe.loss).needs_rewards
+    return new_adapter(recipe.model.lora, recipe.model.peft, rewards=rewards)
 
 
 def _make_trainer(
@@ -277,7 +214,7 @@ def _make_trainer(
         )
     except (ValueError, TypeError, ImportError, RuntimeError, OSError) as error:
         # What transformers and peft refuse of the settings handed on to them.
-        field = "train or model.lora" if lora else "train"
+        field = "train or the model's adapter" if lora else "train"
         raise InputError(str(error).strip().splitlines()[0], field=field) from error
 
 
@@ -291,6 +228,7 @@ def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
         InputError: data, model and recipe do not fit together, or the recipe's reference is not cached.
     """
     config = recipe.training_config()
+    say = ranks.first_only(say)
     folder = Path(str(config.output_dir))
     recipe, whole = started(recipe, folder), recipe
     if recipe is not whole and not is_made(whole, folder):
@@ -299,8 +237,7 @@ def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
             file=folder,
             mend="Train once: dpo-kit train fills the cache as well.",
         )
-    rows = {split: read_pairs_of(recipe, split, say) for split in ("train", "eval")}
-    *_, trainer = prepare(recipe, config, rows, say)
+    *_, trainer = prepare(recipe, config, read_pairs(recipe, say), say)
     if not isinstance(trainer.reference, CachedReference):
         raise InputError(
             "this recipe's reference is not kept on disk",
@@ -328,6 +265,7 @@ def _track(
         cost=lambda: _cost(trainer),
         pause=trainer.clock_stopped,
         say=say,
+        together=lambda: trainer.is_fsdp_enabled,
     )
 
 
@@ -384,16 +322,3 @@ def _train(trainer: PreferenceTrainer, checkpoint: Path | None, say: Say) -> dic
         "layout": trainer.layout,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
     }
-
-
-def _report(recipe: Recipe, folder: Path, say: Say) -> Path | None:
-    if not recipe.report.enabled:
-        return None
-    from dpo_kit.report import write_report
-
-    try:
-        return write_report(folder)
-    except InputError as error:
-        # The run itself is whole; a picture library that is not there must not turn it into a failure.
-        warnings.warn(f"no report was made: {error}", DpoKitWarning, stacklevel=2)
-        return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -10,7 +12,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,25 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dpo_kit.checkpoints import put_aside
+from dpo_kit.checkpoint_folders import put_aside
 from dpo_kit.config import PreferenceConfig
+from dpo_kit.disk import writing
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import digest_weights
+from dpo_kit.quantised import count_parameters
 
 # What a part of a run's start was made from, beside what was made.
 ORIGIN_FILE = "origin.json"
+LOCK_FILE = ".lock"
 _PACKAGES = ("dpo-kit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "numpy")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file: beside its place first, then renamed."""
     written = path.with_name(f".{path.name}.writing")
-    written.write_text(text, encoding="utf-8")
-    os.replace(written, path)
+    with writing(path.name, path.parent, partial=written):
+        written.write_text(text, encoding="utf-8")
+        os.replace(written, path)
 
 
 def replace_folder(written: Path, final: Path) -> None:
@@ -65,7 +71,7 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
     Raises:
         InputError: naming the first key that differs.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not _holds_anything(folder):
         return
     _check_is_run(folder)
     if not (folder / "recipe.yaml").exists():
@@ -78,7 +84,8 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
         "reference.update_weight": 0.6,
     }
     before |= flat_keys(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    now = flat_keys(resolved)
+    # As it comes back from a file: a tuple as a list.
+    now = flat_keys(json.loads(json.dumps(resolved)))
     fixed_too = _of_eval(resolved)
     for key in sorted(before.keys() | now.keys()):
         fixed = any(key == name or key.startswith(f"{name}.") for name in (*_FIXED, *fixed_too))
@@ -143,12 +150,53 @@ def make_room(folder: Path) -> Path | None:
     """Put a folder that holds an earlier run aside; its new name, or None where there is nothing.
 
     Raises:
-        InputError: the folder holds something else.
+        InputError: the folder holds something else, or a run that another process is carrying out.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not _holds_anything(folder):
         return None
     _check_is_run(folder)
-    return put_aside(folder)
+    with alone_in(folder, "run", "train.output_dir"):
+        return put_aside(folder)
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether there is more than what a run leaves that died before it had written anything whole."""
+    if not folder.is_dir():
+        return folder.exists()
+    found = (path for path in folder.rglob("*") if not path.is_dir())
+    return any(path.name != LOCK_FILE and not path.name.endswith(".writing") for path in found)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, what: str, field: str) -> Iterator[None]:
+    """Make a folder, and keep other processes out of it for as long as this lasts.
+
+    A process that dies lets go of it, whatever it dies of.
+
+    Args:
+        folder: in which `what` is carried out.
+        what: "run" or "comparison", for the message.
+        field: of the recipe, that names the folder.
+
+    Raises:
+        InputError: another process has the folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK_FILE, "a")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(str(error.strerror), file=folder, field=field) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is carrying out the {what} in this folder",
+                file=folder,
+                field=field,
+                mend="Wait for it, or name another folder.",
+            ) from None
+        yield
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -182,7 +230,7 @@ def describe_environment(
         "seed": config.seed,
         "model": {
             "class": type(model).__name__,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": count_parameters(model),
             "dtype": str(next(model.parameters()).dtype),
             "sha256": digest_weights(model),
         },

@@ -23,16 +23,10 @@ from torch import Tensor, nn
 from dpo_kit.errors import InputError
 from dpo_kit.examples import Example, sequences_of
 from dpo_kit.logprob import HeadInputs, token_logprobs, token_logprobs_and_kl
-from dpo_kit.models import (
-    Head,
-    is_reward_model,
-    no_padding_token,
-    output_head,
-    tree_attention,
-    unwrap,
-    value_head,
-)
+from dpo_kit.models import Head, is_reward_model, output_head, tree_attention, unwrap, value_head
 from dpo_kit.packing import Layout, MicroBatch, pack_padded, pack_tree
+from dpo_kit.padding import no_padding_token
+from dpo_kit.quantised import computing_in_fp32, quantised_bits
 
 # Two ways to compute attention in low precision differ by rounding alone up to this share of a log-prob.
 _BACKENDS_DIFFER = 0.01
@@ -90,7 +84,8 @@ def sequence_logprobs(
     def score(hidden: Tensor) -> Tensor:
         policy = _inputs(head, hidden, batch)
         results.update(_score(policy, batch.prediction_targets, impl, extras, reference))
-        return results["logps"].view(1, -1, 1)
+        # A copy: FSDP hangs its hooks on what a layer returns, and does not trust views.
+        return results["logps"].view(1, -1, 1).clone()
 
     with _sparse_embedding_gradient(model, head), _forward_is(head.module, score):
         output = _forward(model, batch)
@@ -305,7 +300,9 @@ def choose_layout(
     """
     probe = _probe(pairs)
     low_precision = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    if low_precision and sum(p.numel() for p in model.parameters()) <= _COPY_PARAMETERS:
+    # What is quantised cannot be copied to fp32, and is rounded once and for all.
+    copied = low_precision and not quantised_bits(model)
+    if copied and sum(p.numel() for p in model.parameters()) <= _COPY_PARAMETERS:
         return choose_layout(copy.deepcopy(model).float(), probe, backend)
     tree = _difference(model, probe, pack_tree(probe, backend), low_precision)
     if not tree:
@@ -372,7 +369,7 @@ def _difference(model: nn.Module, pairs: list[Example], batch: MicroBatch, low_p
     tolerance = 0.2 if low_precision else 1e-4
     compare = _compare_rewards if is_reward_model(model) else _compare_logprobs
     try:
-        with _evaluating(model):
+        with _evaluating(model), computing_in_fp32(model):
             what, worst = compare(model, pairs, batch.to(next(model.parameters()).device))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         return _in_words(error)

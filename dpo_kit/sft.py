@@ -18,6 +18,8 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_kit import ranks
+from dpo_kit.adapters import is_adapter
 from dpo_kit.encoding import opening_of, require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.models import check_length, embedded_tokens, load_config, load_model
@@ -59,9 +61,17 @@ def check_corpus(recipe: Recipe) -> None:
     for _ in read_corpus(recipe.sft):
         pass
     make_training_config({"output_dir": "sft"} | recipe.sft.train)
-    load_config(recipe.model.path or recipe.model.config or {})
+    if is_adapter(recipe.model.path):
+        raise InputError(
+            "an adapter is no model for SFT",
+            file=recipe.model.path,
+            field="model.path",
+            mend="Merge it into its base first (dpo-kit merge), or leave sft out.",
+        )
+    source = recipe.model.path or recipe.model.config or {}
+    load_config(source, trust_remote_code=recipe.model.trust_remote_code)
     if named := _named_tokenizer(recipe):
-        require_eos(load_tokenizer(named))
+        require_eos(load_tokenizer(named, **recipe.tokenizer_options()))
 
 
 def learn_tokenizer(documents: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -130,8 +140,11 @@ def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> None:
         "sft/documents_cut": cut,
     }
     trainer.save_model(str(folder / "model.writing"))
-    write_text(folder / "figures.json", json.dumps(figures))
-    (folder / "model.writing").rename(folder / "model")
+    ranks.wait()
+    if ranks.is_first():
+        write_text(folder / "figures.json", json.dumps(figures))
+        (folder / "model.writing").rename(folder / "model")
+    ranks.wait()
 
 
 def _named_tokenizer(recipe: Recipe) -> str | None:
@@ -144,7 +157,8 @@ def _start(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model before the stage, and its tokenizer."""
     dtype, named = getattr(torch, recipe.model.dtype), _named_tokenizer(recipe)
-    tokenizer = load_tokenizer(named) if named else learn_tokenizer(documents, vocabulary)
+    options = recipe.tokenizer_options()
+    tokenizer = load_tokenizer(named, **options) if named else learn_tokenizer(documents, vocabulary)
     require_eos(tokenizer)
     if recipe.model.path is None:
         special = {
@@ -154,7 +168,7 @@ def _start(
             "pad_token_id": tokenizer.pad_token_id,
         }
         return load_model((recipe.model.config or {}) | special, dtype, seed), tokenizer
-    model = load_model(recipe.model.path, dtype)
+    model = load_model(recipe.model.path, dtype, trust_remote_code=recipe.model.trust_remote_code)
     if len(tokenizer) > (rows := embedded_tokens(model)):
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}",

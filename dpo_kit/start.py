@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpo_kit import ranks
 from dpo_kit.candidates import HELD_OUT_FILE, PROMPTS_FILE, TRAIN_FILE, check_candidates, make_pairs
 from dpo_kit.errors import InputError
 from dpo_kit.measurement import Say
@@ -33,22 +34,25 @@ def check_start(recipe: Recipe) -> None:
 def make_start(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """Make what is not in the folder yet; figures for summary.json.
 
+    All ranks train the policy together; the first one samples candidates, and the others wait.
+
     Raises:
         InputError: what is there was made from another recipe; or as the making does.
     """
     is_made(recipe, folder)
     figures: dict[str, Any] = {}
     if recipe.sft is not None:
-        if not (folder / "sft" / "model").exists():
+        if ranks.broadcast(not (folder / "sft" / "model").exists()):
             say("training the policy on the corpus")
-            _write_origin(folder / "sft", _origin_of_sft(recipe))
+            if ranks.is_first():
+                _write_origin(folder / "sft", _origin_of_sft(recipe))
             train_sft(recipe.sft, recipe, folder / "sft")
         figures |= json.loads((folder / "sft" / "figures.json").read_text())
-    if recipe.candidates is not None:
+    if recipe.candidates is not None and ranks.is_first():
         if not (folder / "pairs" / "figures.json").exists():
             _write_origin(folder / "pairs", _origin_of_pairs(recipe))
         figures |= make_pairs(_after_sft(recipe, folder), folder / "pairs", say)
-    return figures
+    return ranks.broadcast(figures)
 
 
 def started(recipe: Recipe, folder: Path) -> Recipe:
@@ -113,7 +117,7 @@ def _origin_of_pairs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _origin_of_model(recipe: Recipe) -> dict[str, Any]:
-    model = recipe.model.model_dump(exclude_defaults=True, exclude={"lora", "quantization"})
+    model = recipe.model.model_dump(exclude_defaults=True, exclude={"lora", "peft", "quantization"})
     return {"model": model, "train": {"seed": int(recipe.train.get("seed", 42))}}
 
 

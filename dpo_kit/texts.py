@@ -18,6 +18,7 @@ from typing import Any
 
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.pairs.formats import detected_format
+from dpo_kit.pairs.found_files import matched, require_inside, require_regular
 from dpo_kit.pairs.messages import require_usable, says_something, text_or_messages
 from dpo_kit.pairs.reading import RawRow
 from dpo_kit.pairs.schema import KINDS, BadRow, Place, UnusablePair
@@ -95,7 +96,11 @@ def _lines(source: str, field: str) -> Iterator[str]:
     path = os.path.expanduser(source)
     paths = [path]
     if glob.has_magic(path) and not os.path.exists(path):
-        paths = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+        folder, paths = matched(path)
+        for found in paths:
+            require_inside(folder, found)
+    elif os.path.exists(path):
+        require_regular(path)
     if not paths:
         raise InputError("no file matches", file=source, field=field)
     for path in paths:

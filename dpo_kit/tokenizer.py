@@ -9,32 +9,46 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from dpo_kit.adapters import base_of, is_adapter
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.foreign_code import refused_code, tell_of_code
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or hub repository; runs no code from there.
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether there are a tokenizer's files in a folder."""
+    return any(entry for glob in TOKENIZER_FILES for entry in Path(folder).glob(glob))
 
-    A folder with nothing but `vocab.json` and `merges.txt` is taken for GPT-2's. Raises `InputError` where
-    there is no tokenizer.
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or hub repository; runs no code from there unless told to trust it.
+
+    A folder with nothing but `vocab.json` and `merges.txt` is taken for GPT-2's, and an adapter's without a
+    tokenizer for its base model's. Raises `InputError` where there is no tokenizer.
     """
     folder, field = Path(path).expanduser(), "model.tokenizer"
     mend = f"Set {field} (or model.path) to a folder with a tokenizer, or to a model's name on the hub"
     if not folder.is_dir() and (str(path).startswith(("/", ".", "~")) or str(path).count("/") > 1):
         raise InputError("there is no such folder", file=path, field=field, mend=mend)
-    if folder.is_dir() and not any(entry for glob in TOKENIZER_FILES for entry in folder.glob(glob)):
+    if folder.is_dir() and not has_tokenizer(folder):
+        if is_adapter(folder):
+            return load_tokenizer(base_of(folder))
         raise InputError("the folder has no tokenizer", file=path, field=field, mend=mend)
     source = folder if folder.is_dir() else str(path)
     try:
         if folder.is_dir() and {entry.name for entry in folder.iterdir()} == {"vocab.json", "merges.txt"}:
             return GPT2Tokenizer.from_pretrained(source)
-        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False, use_fast=True)
+        if trust_remote_code:
+            tell_of_code(source, get_tokenizer_config(source))
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, use_fast=True)
         return _as_saved(folder, loaded) if folder.is_dir() else loaded
     except Exception as error:  # OSError, ValueError, KeyError; and the tokenizers library raises a bare one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if refused := refused_code(error, path, field):
+            raise refused from error
         problem = f"the tokenizer cannot be loaded: {reason}"
         raise InputError(problem, file=path, field=field, mend=mend) from error
 

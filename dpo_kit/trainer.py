@@ -9,28 +9,45 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import seed_worker
 
+from dpo_kit import ranks, sharding
 from dpo_kit.callbacks import At, MetricsFile, Progress
 from dpo_kit.capacity import measured_budget
 from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.dealing import PromptGroups
+from dpo_kit.dealing import PromptGroups, TokenRows
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.filling import Filled, fill, rows_ahead
 from dpo_kit.host_memory import keep_freed_memory
 from dpo_kit.loop import TrainingLoop
 from dpo_kit.losses import Objective, make_objective
+from dpo_kit.matrix import check_combination
+from dpo_kit.models import unwrap
+from dpo_kit.optimisers import check_optimiser
+from dpo_kit.packing import Layout
 from dpo_kit.planning import Planner
-from dpo_kit.preparation import own_forward, prepared_policy, settle_layout, settle_padding, tokenized
+from dpo_kit.preparation import (
+    own_forward,
+    prepared_policy,
+    probe_of,
+    settle_attention,
+    settle_layout,
+    settle_padding,
+    tokenized,
+)
+from dpo_kit.rank_batches import Costs, RankBatches, RowWork
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
 from dpo_kit.step import Scorer
 from dpo_kit.tokenization import longest_sequence
@@ -80,6 +97,8 @@ class PreferenceTrainer(TrainingLoop):
         args = PreferenceConfig(output_dir="runs/preference") if args is None else args
         # Measured by another trainer, for another model.
         args.auto_tokens = None
+        sharding.check_wrappers(args)
+        check_optimiser(args)
         self.objective: Objective = make_objective(args.loss)
         train_dataset, eval_dataset = (
             tokenized(data, processing_class, args, self.objective) for data in (train_dataset, eval_dataset)
@@ -118,6 +137,8 @@ class PreferenceTrainer(TrainingLoop):
             self.remove_callback(replaced)
         # The mean over a step's pairs is taken in training_step.
         self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled:
+            sharding.fit_to_model(self.accelerator.state.fsdp_plugin, policy)
         self.reference = self._make_reference(ref_model)
         if self.reference.model is not None:
             self.reference.model.to(args.device)
@@ -130,6 +151,26 @@ class PreferenceTrainer(TrainingLoop):
         if args.compile_blocks:
             for compiled in filter(None, (self._policy, self.reference.model)):
                 compile_blocks(compiled)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As transformers has it, and on processors FSDP is real too."""
+        with sharding.environment_kept():
+            super().create_accelerator_and_postprocess()
+        if sharding.shard_on_processors(self.accelerator, self.args):
+            self.is_fsdp_enabled = True
+        sharding.prepare_once(self.accelerator)
+
+    def shard(self) -> None:
+        """Shard the policy over the ranks, once, where that is asked for: on all ranks together.
+
+        Before anything is computed with it, so that no rank ever has all of it on its device.
+        """
+        if self.is_fsdp_enabled and not sharding.is_sharded(self.model):
+            self.create_optimizer()
+            model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model = self.model_wrapped = model
+            if self.layout == "tree":
+                settle_attention([model], self._probe, self.args, self.accelerator.autocast)
 
     def _make_reference(self, given: Any) -> Reference:
         args, policy, objective = self.args, self._policy, self.objective
@@ -157,14 +198,31 @@ class PreferenceTrainer(TrainingLoop):
         self._settled = dataset is not None
         if dataset is None:
             return
-        longest = longest_sequence(dataset)
-        self.planner.longest = longest[0]
+        self.planner.longest, place = longest_sequence(dataset)
+        self._probe = probe_of(dataset, place, self.planner.example)
+        if self.args.world_size > 1:
+            self.planner.filler = min(
+                self._probe, key=lambda one: len(one.prompt) + sum(map(len, one.replies))
+            )
         policy, reference = self._policy, self.reference
+        # The other ranks' models are the same, or have no weights yet.
+        self.planner.layout, self.args.attention = ranks.by_first(self._checked_layout)
+        device, sharded = self.args.device.type, self.is_fsdp_enabled or self.is_deepspeed_enabled
+        check_combination(policy, reference, self.planner.layout, device, sharded=sharded)
+
+    def _checked_layout(self) -> tuple[Layout, str]:
+        """The layout, and the attention backend, that policy and reference give the right log-probs with."""
+        args, reference = self.args, self.reference
         # A copy of the policy needs no check of its own.
         others = [] if reference.model is None or reference.is_policy else [reference.model]
-        self.planner.layout = settle_layout(
-            [policy, *others], dataset, longest, self.args, self.planner.example, self.accelerator.autocast
-        )
+        models = [self._policy, *others]
+        # What will be sharded is not on its device yet.
+        backend = "gathered" if self.is_fsdp_enabled else args.backend
+        assert self.planner.longest is not None
+        layout = settle_layout(models, self._probe, self.planner.longest, args, backend)
+        if layout == "tree" and not self.is_fsdp_enabled:
+            settle_attention(models, self._probe, args, self.accelerator.autocast)
+        return layout, args.attention
 
     def _settle_token_budget(self) -> None:
         """On CUDA, "auto" is what the free memory allows; the same on all ranks."""
@@ -188,8 +246,9 @@ class PreferenceTrainer(TrainingLoop):
         asked = self.train_dataset, self.eval_dataset, self.args.max_steps
         if not isinstance(self.reference, CachedReference) or asked == self._filled_for:
             return
-        order: Any = self.get_train_dataloader
-        places = rows_ahead(self.train_dataset, self.args, lambda: order().batch_sampler)
+        places = rows_ahead(
+            self.train_dataset, self.args, lambda: self._agreed_sampler(self._get_train_sampler())
+        )
         self._fill(self.train_dataset, places)
         self._fill(self.eval_dataset)
         self._filled_for = asked
@@ -198,7 +257,10 @@ class PreferenceTrainer(TrainingLoop):
         if dataset is None or not isinstance(self.reference, CachedReference):
             return
         for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-            fill(self.reference, part, places, self.planner, self.accelerator, self.filled)
+            # In shards it is run by all ranks together, and is what it was until its first step.
+            at_start = self.reference.is_policy and self.state.global_step == 0
+            together = self.model if at_start and sharding.is_sharded(self.model) else None
+            fill(self.reference, part, places, self.planner, self.filled, together)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         """What the dataloaders read: the columns that a plan needs, without a Python object per token."""
@@ -207,9 +269,87 @@ class PreferenceTrainer(TrainingLoop):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data: Any = self.train_dataset
         if self.args.group_by_prompt:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return PromptGroups(data, self.args.per_device_train_batch_size, seed)
+            assert self.args.batch_size is not None
+            return PromptGroups(data, self.args.batch_size, self._data_seed)
         return super()._get_train_sampler(data)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        """As transformers has it, but the rows of a step are dealt by `RankBatches`, not by accelerate."""
+        args, accelerator = self.args, self.accelerator
+        rebalanced = is_training and args.train_sampling_strategy == "batch_rebalance"
+        if rebalanced or not isinstance(dataset, Dataset):
+            return super()._get_dataloader(
+                dataset, description, batch_size, sampler_fn, is_training, dataloader_key
+            )
+        rows, workers = self.planner.rows_of(dataset), int(args.dataloader_num_workers or 0)
+        sampler = sampler_fn(dataset)
+        batches = RankBatches(
+            SequentialSampler(dataset) if sampler is None else self._agreed_sampler(sampler),
+            batch_size * args.world_size,
+            drop_last=args.dataloader_drop_last,
+            rank=args.process_index,
+            ranks=args.world_size,
+            work=self._row_work(rows, is_training),
+        )
+        seed = partial(seed_worker, num_workers=workers, rank=args.process_index)
+        loader = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=seed if is_training else None,
+        )
+        # One process, as far as accelerate is to know: what is dealt already is not dealt again.
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=accelerator.device_placement,
+            rng_types=list(accelerator.rng_types),
+            dispatch_batches=False,
+            non_blocking=accelerator.non_blocking,
+        )
+        if dataloader_key is not None and args.dataloader_persistent_workers:
+            self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}) | {dataloader_key: prepared}
+        return prepared
+
+    def _agreed_sampler(self, sampler: Any) -> Any:
+        """A sampler whose order is the same on all ranks, whatever each has drawn from its generator."""
+        several = self.args.world_size > 1
+        if isinstance(sampler, RandomSampler) and (several or self.accelerator.use_seedable_sampler):
+            return SeedableRandomSampler(sampler.data_source, data_seed=self._data_seed)
+        if several and getattr(sampler, "generator", 0) is None:
+            sampler.generator = torch.Generator().manual_seed(self._data_seed)
+        return sampler
+
+    def _row_work(self, rows: TokenRows, is_training: bool) -> RowWork | None:
+        """What rows are dealt by; None where there is one rank, and where those that are evaluated at once
+        are coupled and so must be the same on any number of ranks.
+        """
+        objective = self.objective
+        if self.args.world_size == 1 or (objective.couples_examples and not is_training):
+            return None
+        config = unwrap(self._policy).config
+        costs = Costs.of(config, with_head=not objective.needs_rewards)
+        return RowWork(rows, costs, with_rejected=objective.needs_rejected)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
@@ -217,6 +357,7 @@ class PreferenceTrainer(TrainingLoop):
         """Fill a cached reference, then train; see `dpo_kit.checkpoints.CheckpointingTrainer.train`."""
         on_cpu = self.args.device.type == "cpu"
         with keep_freed_memory() if on_cpu else contextlib.nullcontext():
+            self.shard()
             # Before a checkpoint is loaded: the policy may be what the reference is.
             self.fill_reference()
             return super().train(resume_from_checkpoint, **keywords)
@@ -241,13 +382,7 @@ class PreferenceTrainer(TrainingLoop):
             eval_dataset = tokenized(eval_dataset, self.processing_class, self.args, self.objective)
             if not self._settled:
                 self._settle_layout(eval_dataset)
+        self.shard()
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         self._fill(self.eval_dataset[data] if isinstance(data, str) else data)  # type: ignore[index]
-        # Every held-out pair counts once, even if a rank then has fewer; but all ranks of a sharded model
-        # must run alike.
-        even = self.accelerator.even_batches
-        self.accelerator.even_batches = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.accelerator.even_batches = even
+        return super().get_eval_dataloader(eval_dataset)

@@ -236,7 +236,7 @@ def inspect_rows(gatherer, rows):
 
 def test_words():
     assert short_places(["a:1", "a:2 (row 7)", "b:row 3", "b:row 4"]) == "a:1, :2 (row 7), b:row 3, :row 4"
-    assert visible("a\tb\n\x07\x9b‮") == "a\tb\n\\x07\\x9b\\x202e"
+    assert visible("a\tb\n\x07\x9b‮") == "a\tb\n\\x07\\x9b\\u202e"
     model = {"seconds": [30.0, 90.0], "flops": 2e12, "memory": {"weights": 2**31}, "uncounted": ["Conv"]}
     assert cost_rows({"model": model}) == [
         ("least arithmetic of an epoch", "2 TFLOP"),

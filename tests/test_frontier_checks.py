@@ -11,7 +11,7 @@ from pair_files import write
 
 from dpo_kit.comparison.checks import check_comparison
 from dpo_kit.comparison.execute import Ended, Job, changed_key, outcome, recipe_digest
-from dpo_kit.comparison.folder import alone_in, open_folder
+from dpo_kit.comparison.folder import open_folder
 from dpo_kit.comparison.frontier import run_frontier
 from dpo_kit.comparison.page import write_page
 from dpo_kit.comparison.record import Record
@@ -20,6 +20,7 @@ from dpo_kit.comparison.runs import runs_of
 from dpo_kit.comparison.tables import MARKS, markdown_tables, print_tables
 from dpo_kit.errors import InputError
 from dpo_kit.recipe import Recipe
+from dpo_kit.run_folder import alone_in
 from dpo_kit.tokenizer import train_byte_level_bpe
 
 HOSTILE = "[/red] a|b [bold]c[/bold]"
@@ -59,10 +60,11 @@ def finish(run):
 def test_a_folder_is_one_comparisons_at_a_time(made, tmp_path):
     recipe = recipe_of(made, tmp_path / "f")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
-    with alone_in(tmp_path / "f"), pytest.raises(InputError, match="another process is carrying out"):
+    taken = pytest.raises(InputError, match="another process is carrying out")
+    with alone_in(tmp_path / "f", "comparison", "frontier.output_dir"), taken:
         run_frontier(tmp_path / "recipe.yaml", [], quick=False, say=print)
     assert not (tmp_path / "f" / "recipe.yaml").exists()
-    with alone_in(tmp_path / "f"):
+    with alone_in(tmp_path / "f", "comparison", "frontier.output_dir"):
         pass
 
 
@@ -156,7 +158,7 @@ def test_a_finished_run_stays_one_where_nothing_that_matters_changed(made, tmp_p
 def test_a_changed_file_is_named(made, tmp_path):
     recipe = recipe_of(made, tmp_path / "f")
     runs = runs_of(recipe, tmp_path / "f")
-    with alone_in(tmp_path / "f"):
+    with alone_in(tmp_path / "f", "comparison", "frontier.output_dir"):
         open_folder(tmp_path / "f", recipe, runs)
         open_folder(tmp_path / "f", recipe, runs)
         for name in ("reward.py", "pairs.jsonl", "prompts.jsonl"):

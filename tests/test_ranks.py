@@ -1,13 +1,15 @@
 """Two processes train as one does: the same steps, losses, weights, metrics, and one cache that both fill.
 
-The file is its own script: `torch.distributed.run --nproc-per-node 2 test_ranks.py FOLDER` runs every case on
-two ranks (gloo, CPU), and the tests compare what that leaves with the same cases in one process.
+The file is its own script: `torch.distributed.run --nproc-per-node 2 test_ranks.py FOLDER ALONE` runs every
+case on two ranks (gloo, CPU), and the tests compare what that leaves with what the same cases in one process
+left in ALONE. From a checkpoint there the two go on, too.
 """
 
 import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,7 @@ from dpo_kit.reference import ReferenceCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
 
-# With these budgets the ranks cut their share of a step into different numbers of micro-batches; with 120,
-# one of them has a single one where the other has two.
+# With these budgets the ranks cut their share of a step into different numbers of micro-batches.
 CASES = {
     "dpo": {},
     "kto": {"loss": "kto"},
@@ -32,13 +33,23 @@ CASES = {
     "tdpo2": {"loss": "tdpo2"},
     "bradley_terry": {"loss": "bradley_terry"},
     "moving": {"reference_mode": "moving", "reference_update_every": 2},
+    "grouped": {"group_by_prompt": True, "reference_mode": "live"},
     # With it DDP settles its buckets in the second step, by collectives of its own.
     "checkpointed": {"loss": "aot", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
     "checkpointed_kto": {"loss": "kto", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
 }
-UNEVEN = {"uneven": {"max_steps": -1, "num_train_epochs": 1}}
+# Two epochs of steps of 8, the last of which has 5 pairs, or one: then one of the ranks has none.
+EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "reference_mode": "live"}
+UNEVEN = {
+    "uneven": EPOCHS | {"rows": 21, "reference_mode": "auto"},
+    "lonely": EPOCHS | {"rows": 17},
+    "lonely_kto": EPOCHS | {"rows": 17, "loss": "kto"},
+    "lonely_aot": EPOCHS | {"rows": 17, "loss": "aot"},
+    "lonely_beta_dpo": EPOCHS | {"rows": 17, "loss": "beta_dpo", "tokens_per_micro_batch": 2000},
+}
 SHORT = {"short": {"max_steps": 2}}
-RESUMED = {"saved": {"save_strategy": "steps", "save_steps": 2}}
+# Left in the second epoch, whose second step is not full.
+RESUMED = {"saved": EPOCHS | {"rows": 13, "save_strategy": "steps", "save_steps": 3}}
 # What is counted by rank, or measured.
 NOT_COMPARED = ("num_tokens", "total_flos", "runtime", "per_second")
 
@@ -52,15 +63,16 @@ def trainer_of(name, folder):
         "use_cpu": True,
         "reference_cache_dir": str(folder / ("cache-short" if name in SHORT else "cache")),
     } | (CASES | UNEVEN | SHORT | RESUMED)[name]
-    uneven, rewards = name in UNEVEN, settings.get("loss") == "bradley_terry"
+    rows, rewards = settings.pop("rows", 24), settings.get("loss") == "bradley_terry"
+    weights = {} if name in UNEVEN else {"weight": ([1.0, 2.0, 0.5] * rows)[:rows]}
     own = rewards or settings.get("reference_mode") == "moving"
     model = load_reward_model(TREE_FAMILIES["llama"] | {"model_type": "llama"})[0] if rewards else None
     return make_trainer(
         folder / name,
         model=model,
         ref_model=None if own else make_model("llama", seed=9),
-        dataset=make_dataset(21) if uneven else make_dataset(24, weight=[1.0, 2.0, 0.5] * 8),
-        eval_dataset=make_dataset(10 if uneven else 16, seed=7),
+        dataset=make_dataset(rows, **weights),
+        eval_dataset=make_dataset(10 if name in UNEVEN else 16, seed=7),
         **settings,
     )
 
@@ -76,7 +88,7 @@ def run_case(name, folder):
         return step(model, inputs, *others)
 
     trainer.training_step = training_step
-    before = trainer.evaluate() if name in UNEVEN else {}
+    before = trainer.evaluate() if name == "uneven" else {}
     trainer.train()
     seen = {
         "before": before,
@@ -91,12 +103,12 @@ def run_case(name, folder):
     leave(trainer, folder / name, seen)
 
 
-def resume_case(folder):
-    """From the checkpoint of the second step to the third."""
+def resume_case(folder, begun):
+    """To the end, from the checkpoint that a run in another folder left in its second epoch."""
     trainer = trainer_of("saved", folder)
-    trainer.args.output_dir = str(folder / "resumed")
-    trainer.train(resume_from_checkpoint=str(folder / "saved" / "checkpoints" / "step-2"))
-    leave(trainer, folder / "resumed", {"logs": trainer.state.log_history})
+    trainer.args.output_dir = str(folder / f"resumed-{begun.name}")
+    trainer.train(resume_from_checkpoint=str(begun / "saved" / "checkpoints" / "step-3"))
+    leave(trainer, folder / f"resumed-{begun.name}", {"logs": trainer.state.log_history})
 
 
 def leave(trainer, folder, seen):
@@ -114,16 +126,16 @@ def left(folder, rank=0):
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, alone):
     """Folder of all cases on two ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
+    folder = tmp_path_factory.mktemp("ranks", numbered=False)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder)],
+        [sys.executable, *launcher, __file__, str(folder), str(alone)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-8000:]
     return folder
@@ -132,8 +144,8 @@ def ranks(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
     """Folder of the same cases in this process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name in CASES | UNEVEN | SHORT:
+    folder = tmp_path_factory.mktemp("alone", numbered=False)
+    for name in CASES | UNEVEN | SHORT | RESUMED:
         run_case(name, folder)
     return folder
 
@@ -142,7 +154,7 @@ def compared(logged):
     return {name: value for name, value in logged.items() if not any(n in name for n in NOT_COMPARED)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | UNEVEN)
 def test_two_ranks_train_as_one_process(ranks, alone, name):
     one, expected = left(alone / name)
     (first, weights), (second, others) = (left(ranks / name, rank) for rank in (0, 1))
@@ -157,16 +169,16 @@ def test_two_ranks_train_as_one_process(ranks, alone, name):
         assert mean == (mine and pytest.approx(mine, rel=1e-5))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | UNEVEN)
 def test_metrics_are_averages_over_all_ranks(ranks, alone, name):
     one, _ = left(alone / name)
     (first, _), (second, _) = (left(ranks / name, rank) for rank in (0, 1))
     # Of each step, of the evaluation, and the summary.
-    assert len(one["logs"]) == 5
+    assert len(one["logs"]) == len(one["sources"]) + 2
     for mine, theirs in zip(one["logs"], first["logs"], strict=True):
         assert compared(theirs) == pytest.approx(compared(mine), rel=1e-4, abs=1e-5)
     assert compared(second["evaluation"]) == compared(first["evaluation"])
-    assert first["logs"][2]["num_tokens"] == first["tokens"] + second["tokens"]
+    assert first["logs"][-3]["num_tokens"] == first["tokens"] + second["tokens"]
 
 
 def test_ranks_share_the_filling_of_a_cold_cache_and_compute_nothing_with_a_warm_one(ranks, alone):
@@ -188,15 +200,17 @@ def test_a_short_run_computes_no_more_than_it_comes_to(ranks, alone):
     assert sum(computed) == left(alone / "short")[0]["computed"] < left(alone / "dpo")[0]["computed"]
 
 
-def test_a_last_step_that_is_not_full_takes_pairs_of_the_first_again(ranks, alone):
-    """As accelerate fills it up, so that every rank has a batch; in one process it is smaller."""
-    one, (first, second) = left(alone / "uneven")[0], [left(ranks / "uneven", rank)[0] for rank in (0, 1)]
-    steps = [a + b for a, b in zip(first["sources"], second["sources"], strict=True)]
-    assert [len(step) for step in one["sources"]] == [8, 8, 5]
-    assert [len(step) for step in steps] == [8, 8, 8]
-    last, whole = one["sources"][2], set(steps[2])
-    assert whole >= set(last)
-    assert whole - set(last) <= set(one["sources"][0])
+def test_a_last_step_that_is_not_full_is_dealt_as_it_is(ranks, alone):
+    sizes = {}
+    for name in ("uneven", "lonely"):
+        seen = [left(ranks / name, rank)[0]["sources"] for rank in (0, 1)]
+        sizes[name] = [[len(own) for own in step] for step in zip(*seen, strict=True)]
+    assert [sum(step) for step in sizes["uneven"]] == [8, 8, 5] * 2
+    assert [sizes["lonely"][step] for step in (2, 5)] == [[1, 0]] * 2
+    # The second epoch has an order of its own.
+    steps = left(alone / "uneven")[0]["sources"]
+    assert sorted(chain(*steps[:3])) == sorted(chain(*steps[3:]))
+    assert set(steps[0]) != set(steps[3])
 
 
 def test_an_uneven_evaluation_set_counts_every_pair_once(ranks, alone):
@@ -206,12 +220,21 @@ def test_an_uneven_evaluation_set_counts_every_pair_once(ranks, alone):
 
 def test_resume_on_two_ranks_is_bit_equal(ranks):
     for rank in (0, 1):
-        whole, resumed = (left(ranks / name, rank)[1] for name in ("saved", "resumed"))
+        whole, resumed = (left(ranks / name, rank)[1] for name in ("saved", "resumed-ranks"))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, alone):
+    resume_case(alone, ranks)
+    whole = left(alone / "saved")[1]
+    for folder in (alone / "resumed-ranks", ranks / "resumed-alone"):
+        torch.testing.assert_close(left(folder)[1], whole, rtol=1e-4, atol=1e-6)
+
+
 if __name__ == "__main__":
+    own, other = map(Path, sys.argv[1:])
     for case in CASES | UNEVEN | SHORT | RESUMED:
-        run_case(case, Path(sys.argv[1]))
-    resume_case(Path(sys.argv[1]))
+        run_case(case, own)
+    resume_case(own, own)
+    resume_case(own, other)
     torch.distributed.destroy_process_group()

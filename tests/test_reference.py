@@ -17,6 +17,7 @@ from dpo_kit.reference import (
     LiveReference,
     MovingReference,
     NoReference,
+    StartReference,
     make_reference,
 )
 from dpo_kit.reference.choice import starts_as_base
@@ -154,7 +155,7 @@ def test_auto_takes_the_cheapest_that_serves():
     assert isinstance(auto(fresh, given=bare), LiveReference)
     for policy in (trained, pissa):
         # Without its adapter it is not what it starts from.
-        assert isinstance(auto(policy), LiveReference)
+        assert isinstance(auto(policy), StartReference)
         assert not make_reference("adapter_off", policy, needed=True).is_policy
     own = NoReference()
     assert auto(bare, given=own, cacheable=True) is own
@@ -211,7 +212,7 @@ def test_a_base_that_is_trained_too_is_no_reference():
         for mode in ("adapter_off", "adapter"):
             with pytest.raises(InputError, match=rf"reference\.mode.*{named}.*cached or live"):
                 make_reference(mode, policy, needed=True, adapter="first")
-        assert isinstance(make_reference("auto", policy, needed=True), LiveReference)
+        assert isinstance(make_reference("auto", policy, needed=True), StartReference)
         assert isinstance(make_reference("auto", policy, needed=True, cacheable=True), CachedReference)
     # A copy that is trained in place of the base's own is an adapter's.
     saved = adapt(make_model("llama", tie_word_embeddings=False), modules_to_save=["lm_head", "norm"])

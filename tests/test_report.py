@@ -352,7 +352,7 @@ def test_a_comparison_refuses_what_makes_none(tmp_path: Path) -> None:
         ("summary.json", b'{"eval/kl": ', r"summary\.json: not JSON"),
         ("summary.json", b"[1]", r"summary\.json: expected a JSON object"),
         ("environment.json", b"\xff", r"environment\.json: not JSON"),
-        ("recipe.yaml", b"loss:\n  name: dpo\n beta: 1\n", r"recipe\.yaml:3: not YAML"),
+        ("recipe.yaml", b"loss:\n  name: dpo\n beta: 1\n", r"recipe\.yaml:3: this is not YAML"),
         ("recipe.yaml", b"- dpo\n", r"recipe\.yaml: expected a mapping"),
         ("samples.jsonl", b"nonsense\n{}\n", r"samples\.jsonl:1: not a JSON object"),
     ],

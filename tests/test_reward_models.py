@@ -16,11 +16,11 @@ from dpo_kit.models import (
     load_model,
     load_reward_model,
     output_head,
-    padding_advice,
     tree_attention,
     value_head,
 )
 from dpo_kit.packing import pack_padded, pack_tree, plan_step
+from dpo_kit.padding import padding_advice
 from dpo_kit.scoring import backend_difference, choose_layout, full_rewards, sequence_rewards
 
 # Those that transformers has a ...ForSequenceClassification of.

@@ -74,15 +74,11 @@ def test_an_adapter_is_saved_with_its_value_head(settings, lm_folder, tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1)
     expected = full_rewards(trained, pairs)
     torch.testing.assert_close(full_rewards(loaded.eval(), pairs), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="holds an adapter, not a model"):
-        load_reward_model(tmp_path / "model")
-    # As that message has it.
-    peft.PeftModel.from_pretrained(
-        load_reward_model(lm_folder)[0], tmp_path / "model"
-    ).merge_and_unload().save_pretrained(tmp_path / "whole")
-    whole, said = load_reward_model(tmp_path / "whole")
-    assert said == ""
-    torch.testing.assert_close(full_rewards(whole.eval(), pairs), expected, rtol=1e-5, atol=1e-5)
+    for merged in (False, True):
+        adapted, said = load_reward_model(tmp_path / "model")
+        assert said == ""
+        whole = adapted.merge_and_unload() if merged else adapted
+        torch.testing.assert_close(full_rewards(whole.eval(), pairs), expected, rtol=1e-5, atol=1e-5)
 
 
 def padding_tokenizer(token):

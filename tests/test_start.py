@@ -75,6 +75,7 @@ def test_a_run_stopped_while_it_samples_is_a_run(content, tmp_path, monkeypatch)
     check_same_run(tmp_path / "run", now)
     assert make_room(tmp_path / "run") is not None
     (tmp_path / "other" / "pairs").mkdir(parents=True)
+    (tmp_path / "other" / "pairs" / "mine.jsonl").touch()
     with pytest.raises(InputError, match="not a run folder"):
         check_same_run(tmp_path / "other", now)
 

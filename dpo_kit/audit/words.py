@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -12,15 +11,9 @@ from dpo_kit.audit.findings import Account, Audit
 from dpo_kit.pairs.schema import KINDS
 from dpo_kit.pairs.statistics import Spread, Statistics
 from dpo_kit.report.summary import duration, memory, number, percent
+from dpo_kit.shown_text import visible
 
 Form = Callable[[Any], str]
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: str) -> str:
-    """The text with control characters (all but tab and line feed) by their number: none moves a cursor."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 @dataclass(frozen=True, slots=True)

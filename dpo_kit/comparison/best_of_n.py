@@ -27,8 +27,9 @@ from dpo_kit.evaluation import Reward, load_reward, sample_replies
 from dpo_kit.json_lines import write_lines
 from dpo_kit.measurement import Samples, Say, evaluation_file
 from dpo_kit.recipe import Recipe
-from dpo_kit.run import RunResult, load_start, write_origin
+from dpo_kit.run import load_start
 from dpo_kit.run_folder import digest_recipe, peak_memory_bytes, write_text
+from dpo_kit.run_output import RunResult, write_origin
 from dpo_kit.start import make_start, started
 
 Array = npt.NDArray[np.float64]

@@ -31,6 +31,7 @@ from dpo_kit.errors import DivergedError, DpoKitError
 from dpo_kit.losses import make_objective
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import digest_recipe, flat_keys, write_text
+from dpo_kit.shown_text import visible, without_secrets
 from dpo_kit.start import make_start, started
 
 # Where a run that stopped at a loss that is not finite says so: that is a result, and is not tried again.
@@ -225,7 +226,7 @@ def _comparable(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(visible(without_secrets(line)), flush=True)
 
 
 def _start_of(folder: Path) -> None:

@@ -1,16 +1,14 @@
-"""A comparison's folder is one process's at a time, and holds one comparison, of one set of files.
+"""A comparison's folder holds one comparison, of one set of files.
 
 sources.json keeps the digests of the files that the recipe names: data, corpus, prompts, rewards in Python.
 """
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -21,35 +19,10 @@ from dpo_kit.errors import InputError
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import flat_keys, write_text
 
-LOCK_FILE, SOURCES_FILE = ".lock", "sources.json"
+SOURCES_FILE = "sources.json"
 
 # What may be another when a comparison goes on: a run whose own recipe changed is put aside and made anew.
 _FREE = ("frontier", "ppo", "best_of_n", "report", *FREE_KEYS)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep other comparisons out of it for as long as this lasts.
-
-    Raises:
-        InputError: another process carries a comparison out there, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK_FILE, "a")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(str(error.strerror), file=folder, field="frontier.output_dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                "another process is carrying out the comparison in this folder",
-                file=folder,
-                field="frontier.output_dir",
-                mend="Wait for it, or name another folder.",
-            ) from None
-        yield
 
 
 def open_folder(folder: Path, recipe: Recipe, runs: Sequence[Run]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dpo_kit.checkpoints import put_aside
+from dpo_kit.checkpoint_folders import put_aside
 from dpo_kit.comparison.checks import check_comparison
 from dpo_kit.comparison.costs import write_costs
 from dpo_kit.comparison.execute import (
@@ -25,7 +25,7 @@ from dpo_kit.comparison.execute import (
     has_cached_reference,
     outcome,
 )
-from dpo_kit.comparison.folder import alone_in, open_folder
+from dpo_kit.comparison.folder import open_folder
 from dpo_kit.comparison.matched import write_matched
 from dpo_kit.comparison.progress import Progress
 from dpo_kit.comparison.results import read_table, write_frontier, write_runs
@@ -34,7 +34,7 @@ from dpo_kit.comparison.tables import print_tables
 from dpo_kit.errors import InputError, TrainingError
 from dpo_kit.measurement import Say
 from dpo_kit.recipe import Recipe
-from dpo_kit.run_folder import write_text
+from dpo_kit.run_folder import alone_in, write_text
 from dpo_kit.start import is_made
 from dpo_kit.yaml_file import apply_override, read_yaml
 
@@ -63,7 +63,7 @@ def run_frontier(recipe_path: Path, overrides: list[str], *, quick: bool, say: S
     folder = output_folder(recipe)
     runs = runs_of(recipe, folder)
     check_comparison(recipe, runs)
-    with alone_in(folder):
+    with alone_in(folder, "comparison", "frontier.output_dir"):
         open_folder(folder, recipe, runs)
         _make_shared(recipe, folder, runs, say)
         _carry_out_runs(recipe, folder, runs, say)

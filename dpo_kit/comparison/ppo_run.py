@@ -21,7 +21,8 @@ from dpo_kit.errors import InputError
 from dpo_kit.measurement import Say
 from dpo_kit.models import embedded_tokens, load_model, load_reward_model
 from dpo_kit.recipe import Recipe
-from dpo_kit.run import RunResult, lora_config
+from dpo_kit.run import lora_config
+from dpo_kit.run_output import RunResult
 
 # Prompts that the first policy is sampled on to know the scale of its rewards.
 _SCALE_PROMPTS = 256

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dpo_kit.errors import InputError
 from dpo_kit.json_lines import read_lines
+from dpo_kit.yaml_file import parse_yaml
 
 # What the SFT policy is called among the methods.
 START = "sft"
@@ -99,7 +99,7 @@ class Record:
     @cached_property
     def section(self) -> dict[str, Any]:
         """`frontier` of the resolved recipe."""
-        found = (yaml.safe_load(self.recipe_text) or {}).get("frontier")
+        found = (parse_yaml(self.recipe_text, self.folder / "recipe.yaml") or {}).get("frontier")
         if not found:
             raise InputError("no comparison's recipe", file=self.folder / "recipe.yaml", field="frontier")
         return dict(found)
@@ -250,7 +250,11 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     if not path.exists():
         return
     with path.open(encoding="utf-8", newline="") as file:
-        yield from enumerate(csv.DictReader(file), start=2)
+        for line, row in enumerate(csv.DictReader(file), start=2):
+            run = row.get("run") or ""
+            if run in (".", "..") or "/" in run or "\0" in run:
+                raise InputError("a run's name is no path", file=path, line=line, field="run")
+            yield line, row
 
 
 def _number(row: dict[str, str], field: str, path: Path, line: int) -> float:

@@ -22,7 +22,8 @@ from dpo_kit.evaluation.reward_models import LearnedReward
 from dpo_kit.evaluation.rewards import CheckedReward
 from dpo_kit.measurement import Say
 from dpo_kit.recipe import Recipe
-from dpo_kit.run import RunResult, lora_config, plain_policy
+from dpo_kit.run import lora_config, plain_policy
+from dpo_kit.run_output import RunResult
 
 
 def run_rloo(recipe: Recipe, *, resume: bool = False, say: Say = print) -> RunResult:

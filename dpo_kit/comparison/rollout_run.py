@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from dpo_kit.callbacks import METRICS_FILE
-from dpo_kit.checkpoints import free_name
+from dpo_kit.checkpoint_folders import free_name
 from dpo_kit.comparison.cost_meter import CostMeter
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
@@ -32,16 +32,9 @@ from dpo_kit.losses import make_objective
 from dpo_kit.measurement import Samples, SampleTracker, Say, sample_figures
 from dpo_kit.models import check_length
 from dpo_kit.recipe import Recipe
-from dpo_kit.run import (
-    RunResult,
-    close_run,
-    finished_run,
-    load_start,
-    open_folder,
-    read_pairs_of,
-    write_origin,
-)
+from dpo_kit.run import load_start, read_pairs_of
 from dpo_kit.run_folder import digest_recipe, peak_memory_bytes
+from dpo_kit.run_output import RunResult, close_run, finished_run, open_folder, write_origin
 from dpo_kit.start import check_start, make_start, started
 from dpo_kit.texts import Prompt
 
@@ -165,21 +158,31 @@ def carry_out(method: Method, recipe: Recipe, resume: bool, say: Say) -> RunResu
     recipe = recipe.model_copy(update={"train": recipe.train | {"output_dir": str(folder)}})
     config = recipe.training_config()
     resolved = recipe.resolved(config)
-    if resume and (finished := finished_run(folder, resolved, say)):
+    if resume and (finished := finished_run(recipe, folder, resolved, say)):
         return finished
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
     _check(method, bridge, recipe, config)
     settings = method.settings(bridge, recipe, config)
     samples, reward = Samples.of(recipe), text_reward(recipe)
-    figures: dict[str, Any] = {}
+    run = None
     if started(recipe, folder) is recipe:
         run = _prepare(method, recipe, folder, settings, samples, reward, say)
-        _open(folder, resolved, resume, say)
-    else:
-        _open(folder, resolved, resume, say)
-        figures |= make_start(recipe, folder, say)
-        recipe = started(recipe, folder)
-        run = _prepare(method, recipe, folder, settings, Samples.of(recipe), reward, say)
+    with open_folder(folder, resume, say):
+        _clear(folder, resolved, say)
+        figures: dict[str, Any] = {}
+        if run is None:
+            figures |= make_start(recipe, folder, say)
+            recipe = started(recipe, folder)
+            run = _prepare(method, recipe, folder, settings, Samples.of(recipe), reward, say)
+        return _train(method, bridge, run, figures, resolved, say)
+
+
+def _train(
+    method: Method, bridge: Any, run: RolloutRun, figures: dict[str, Any], resolved: dict[str, Any], say: Say
+) -> RunResult:
+    """What comes after the start, in a folder that is open."""
+    recipe, folder = run.recipe, run.folder
+    config = recipe.training_config()
     prompts = Dataset.from_dict({"prompt_ids": [list(ids) for ids in run.prompts]})
     write_origin(folder, resolved, config, run.policy, {"train": prompts})
     # What the policy was published with does not bend its samples; it is saved with it again.
@@ -248,9 +251,8 @@ def text_reward(recipe: Recipe) -> Reward | None:
     return load_reward(recipe.eval.reward)
 
 
-def _open(folder: Path, resolved: dict[str, Any], resume: bool, say: Say) -> None:
-    """The run folder, with nothing of another run in it but what runs start from."""
-    open_folder(folder, resume, say)
+def _clear(folder: Path, resolved: dict[str, Any], say: Say) -> None:
+    """Leave nothing of another run in the folder but what runs start from."""
     if _is_of_another(folder, resolved):
         say(f"what a run of another recipe left in {folder} is now {_put_own_aside(folder)}")
     if (folder / METRICS_FILE).exists():

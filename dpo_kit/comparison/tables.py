@@ -17,6 +17,7 @@ from rich.text import Text
 from dpo_kit.comparison.findings import intervals, side, signed
 from dpo_kit.comparison.record import Interval, Level, Record
 from dpo_kit.report.summary import amount, duration, memory
+from dpo_kit.shown_text import visible
 
 
 class Table(NamedTuple):
@@ -94,7 +95,7 @@ def print_tables(folder: Path) -> None:
         for place, name in enumerate(header):
             table.add_column(Text(name), justify="left" if place == 0 else "right")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         console.print(table)
 
 

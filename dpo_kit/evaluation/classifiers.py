@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.foreign_code import refused_code, require_safetensors
 from dpo_kit.tokenizer import load_tokenizer
 
 # What a label that is asked for by nothing else is called, in lower case; the second where there are two.
@@ -115,6 +116,8 @@ def load_classifier(name: str, *, field: str) -> Classifier:
         source, label = name, ""
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise InputError("no such folder", file=source, field=field, mend="Correct the path.")
+    if Path(source).is_dir():
+        require_safetensors(Path(source), field=field)
     try:
         tokenizer = load_tokenizer(source)
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -127,6 +130,8 @@ def load_classifier(name: str, *, field: str) -> Classifier:
     except InputError as error:
         raise InputError(error.problem, file=source, field=field, mend="Save it beside the model.") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if refused := refused_code(error, source, field):
+            raise refused from error
         problem = f"the classifier cannot be loaded: {str(error).strip().splitlines()[0]}"
         mend = "Save model and tokenizer with save_pretrained(); pickled weights are never loaded."
         raise InputError(problem, file=source, field=field, mend=mend) from error

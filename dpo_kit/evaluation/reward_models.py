@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_kit.adapters import is_adapter
 from dpo_kit.attention import attention_backend
 from dpo_kit.encoding import encode_replies, require_eos
 from dpo_kit.errors import InputError
@@ -20,6 +19,7 @@ from dpo_kit.models import check_length, load_reward_model
 from dpo_kit.packing import Layout, plan_step
 from dpo_kit.scoring import choose_layout, sequence_rewards
 from dpo_kit.tokenizer import load_tokenizer
+from dpo_kit.yaml_file import parse_yaml
 
 # Replies that are planned together: many enough that like prompts meet, few enough to hold.
 _REPLIES_AT_ONCE = 1024
@@ -121,25 +121,11 @@ def load_learned_reward(folder: str | Path, *, field: str) -> LearnedReward:
 
 def _load(folder: Path) -> PreTrainedModel:
     """The model in fp32; in fewer bits, rewards of replies that are nearly alike would be the same."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return _load_adapter(folder)
     model, is_new = load_reward_model(folder)
     if is_new:
-        raise _no_reward_model(folder, "the model has no value head")
+        both = "neither the adapter nor its model has a value head"
+        raise _no_reward_model(folder, both if is_adapter(folder) else "the model has no value head")
     return model
-
-
-def _load_adapter(folder: Path) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
-
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise _no_reward_model(folder, "the adapter has no safetensors weights")
-    model, is_new = load_reward_model(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path))
-    with safe_open(weights, "pt") as file:
-        if is_new and not any(".score." in name for name in file.keys()):  # noqa: SIM118
-            raise _no_reward_model(folder, "neither the adapter nor its model has a value head")
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _no_reward_model(folder: Path, problem: str) -> InputError:
@@ -153,5 +139,5 @@ def _template_settings(folder: Path) -> dict[str, Any]:
     recipe = (run.parent if run.name == "checkpoints" else run) / "recipe.yaml"
     if not recipe.is_file():
         return {}
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+    content = parse_yaml(recipe.read_text(encoding="utf-8"), recipe) or {}
     return dict((content.get("data") or {}).get("chat_template_kwargs") or {})

@@ -21,6 +21,10 @@ Line = tuple[int, str]
 
 # What the window over a document grows by at the least, in characters; 9 (`-Infinity`) or more.
 WINDOW = 1 << 20
+# Of one row, in bytes or characters: a small packed file can be a line without end.
+LONGEST = 1 << 28
+# Of a document that is held whole, in characters.
+_LONGEST_HELD = 1 << 32
 _WHITE = re.compile(r"[ \t\r\n]*")
 _ONE_A_LINE = "Each line must hold one JSON object; where the file is one JSON document, name it .json"
 _LIST_OF_ROWS = "A .json file holds a list of rows, an object with one such list, or one row on each line"
@@ -170,8 +174,15 @@ class _Window:
         return self._broken_at(self.at, problem)
 
     def hold_all(self) -> None:
-        """Take in all that is left of the text."""
-        self.text += "".join(self._parts)
+        """Take in all that is left of the text; raises `InputError` where that is too much."""
+        held, parts = len(self.text), [self.text]
+        for part in self._parts:
+            held += len(part)
+            if held > _LONGEST_HELD:
+                problem = f"the document has more than {_LONGEST_HELD:,} characters and is no list"
+                raise InputError(problem, file=self.path, mend=_ONE_A_LINE)
+            parts.append(part)
+        self.text = "".join(parts)
 
     def go_back(self, at: int) -> None:
         """To a place that is still in the window."""
@@ -198,6 +209,8 @@ class _Window:
                 break
         if not parts:
             return False
+        if len(self.text) - self.at > LONGEST:
+            raise InputError(f"a row has more than {LONGEST:,} characters", file=self.path, line=self.line())
         self._line, self._column = self.line(), self._column_of(self.at)
         self._counted = (0, self._line)
         self.text = "".join([self.text[self.at :], *parts])

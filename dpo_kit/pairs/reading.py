@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_kit.errors import InputError
-from dpo_kit.pairs.json_rows import WINDOW, Line, RawRow, row_of_line, rows_of_document
+from dpo_kit.pairs.json_rows import LONGEST, WINDOW, Line, RawRow, row_of_line, rows_of_document
 from dpo_kit.pairs.schema import NUMBERS, Place
 
 COMPRESSIONS = (".gz", ".zst")
@@ -72,7 +72,9 @@ def _lines(path: str, longest: int = -1) -> Iterator[Line]:
     number, given, rest = 1, 0, b""  # the line, its bytes that were given out, and half a character of it
     try:
         with _open(path) as stream:
-            while (raw := stream.readline(longest)) or rest:
+            while (raw := stream.readline(LONGEST + 1 if longest < 0 else longest)) or rest:
+                if len(raw) > LONGEST:
+                    raise InputError(f"the line has more than {LONGEST:,} bytes", file=path, line=number)
                 ended = raw.endswith(b"\n")
                 whole = longest < 0 or ended or len(raw) < longest
                 raw = rest + raw
@@ -144,7 +146,7 @@ def _is_object(line: str) -> bool:
 
 def _csv(path: str) -> Iterator[RawRow]:
     """Comma-separated, first record the names, quotes doubled; every cell is text except as in `_cell`."""
-    limit = csv.field_size_limit(2**31 - 1)
+    limit = csv.field_size_limit(LONGEST)
     records = csv.reader((text for _, text in _lines(path)), strict=True)
     header: list[str] | None = None
     number = 0

@@ -97,13 +97,15 @@ def store_rows(
     making = _folder_for_making()
     try:
         rows = making / "rows.arrow"
-        present = _write(chain(head, [more], batches), rows)
+        with writing("the cache of rows", making.parent, mend=ELSEWHERE):
+            present = _write(chain(head, [more], batches), rows)
         absent = [name for name in extras if name not in present]
         if file is None:
             atexit.register(shutil.rmtree, making, ignore_errors=True)
             return _mapped(rows, absent)
         kept = {"digest": _digest(rows), "absent": absent, "report": report.to_state()}
-        (making / "rows.json").write_text(json.dumps(kept), encoding="utf-8")
+        with writing("the cache of rows", making.parent, mend=ELSEWHERE):
+            (making / "rows.json").write_text(json.dumps(kept), encoding="utf-8")
         os.replace(rows, file)
         os.replace(making / "rows.json", file.with_suffix(".json"))
     except BaseException:

@@ -21,6 +21,7 @@ from typing import Any
 
 from dpo_kit.errors import InputError
 from dpo_kit.pairs import catalogue
+from dpo_kit.pairs.found_files import matched, require_inside, require_regular, walked
 from dpo_kit.pairs.mixed_splits import mixed_splits
 from dpo_kit.pairs.reading import BATCH_ROWS, RawRow, rows_of_file, supported, supported_names
 from dpo_kit.pairs.schema import Place
@@ -28,6 +29,10 @@ from dpo_kit.pairs.schema import Place
 HUB = "hf://"
 # What `Dataset.save_to_disk` lays beside its arrow files.
 _NOT_ROWS = frozenset(("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"))
+# Never unpacked: what is in them could lie anywhere.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+# The builders of `datasets` that read rows of text.
+_BUILDERS = frozenset(("arrow", "cache", "csv", "json", "parquet", "text"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +86,25 @@ def _files(source: str, ignored: list[str]) -> list[str]:
     if os.path.isfile(path):
         if not supported(path):
             raise InputError(
-                "the file is of no known kind", file=path, mend=f"Known endings: {supported_names()}"
+                "the file is of no known kind",
+                file=path,
+                mend="Unpack the archive first"
+                if path.lower().endswith(_ARCHIVES)
+                else f"Known endings: {supported_names()}",
             )
         return [path]
     if os.path.isdir(path):
-        return _picked(
-            _walk(path), source, ignored, f"the folder holds no file of pairs ({supported_names()})"
-        )
+        none = f"the folder holds no file of pairs ({supported_names()})"
+        return _picked(path, walked(path), source, ignored, none)
+    if os.path.exists(path):
+        require_regular(path)
     if glob.has_magic(path):
-        matches = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-        return _picked(matches, source, ignored, f"no file of pairs ({supported_names()}) matches")
+        none = f"no file of pairs ({supported_names()}) matches"
+        return _picked(*matched(path), source, ignored, none)
+    if "://" in path:
+        raise InputError(
+            "a URL is no source", file=source, mend=f"Fetch the file, or write {HUB}owner/name@split"
+        )
     near = catalogue.nearest(source.partition("@")[0])
     mend = f"Did you mean '{near}' of the catalogue (data list)?" if near else _nearby(path)
     raise InputError("no such file or folder", file=source, mend=mend)
@@ -106,29 +120,23 @@ def _nearby(path: str) -> str:
     return f"{folder} holds: {listed}" if names else f"{folder} is empty"
 
 
-def _walk(folder: str) -> Iterator[str]:
-    """All files in the folder and the folders in it, sorted, hidden ones left out."""
-    for place, folders, names in os.walk(folder, onerror=_cannot_list):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.join(place, name)
-
-
-def _cannot_list(error: OSError) -> None:
-    raise InputError(f"the folder cannot be read: {error.strerror}", file=error.filename) from None
-
-
-def _picked(paths: Iterator[str] | list[str], source: str, ignored: list[str], none: str) -> list[str]:
-    picked = []
+def _picked(
+    folder: str, paths: Iterator[str] | list[str], source: str, ignored: list[str], none: str
+) -> list[str]:
+    """Those of a folder's files that can be read; links that lead to one of them again are ignored too."""
+    picked: dict[str, str] = {}
     for path in paths:
-        if supported(path) and os.path.basename(path) not in _NOT_ROWS:
-            picked.append(path)
+        may_be_rows = supported(path) and os.path.basename(path) not in _NOT_ROWS
+        real = require_inside(folder, path) if may_be_rows else ""
+        if may_be_rows and real not in picked:
+            picked[real] = path
         else:
             ignored.append(path)
     if not picked:
-        raise InputError(none, file=source)
-    return picked
+        packed = [path for path in ignored if path.lower().endswith(_ARCHIVES)]
+        mend = f"{os.path.basename(packed[0])} is an archive: unpack it first" if packed else None
+        raise InputError(none, file=source, mend=mend)
+    return list(picked.values())
 
 
 def _hub_source(source: str) -> Source:
@@ -191,7 +199,12 @@ def _hub_data(source: str, name: str, config: str | None, folder: str | None, sp
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, data_dir=folder, split=split)
+        builder = datasets.load_dataset_builder(name, config, data_dir=folder)
+        _check_builder(source, name, builder)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
+    except InputError:
+        raise
     except Exception as error:  # of many kinds: hub, http, offline mode, builder, unknown config or split
         cause = str(error).strip().split("\n")[0] or type(error).__name__
         mend = (
@@ -201,6 +214,23 @@ def _hub_data(source: str, name: str, config: str | None, folder: str | None, sp
         if "scripts are no longer supported" in cause:
             mend = "Download the parquet files of its branch refs/convert/parquet, and give their path"
         raise InputError(f"the data set cannot be loaded: {cause}", file=source, mend=mend) from error
+
+
+def _check_builder(source: str, name: str, builder: Any) -> None:
+    """Refuse files that are no rows of text, archives, and files that its README finds elsewhere."""
+    kind = type(builder).__module__.removeprefix("datasets.packaged_modules.").partition(".")[0]
+    if kind not in _BUILDERS:
+        mend = "Give the path of files with rows of text"
+        raise InputError(f"the data set is of files that are not read here ({kind})", file=source, mend=mend)
+    is_local = name.startswith((".", "/", "~"))
+    for files in (builder.config.data_files or {}).values():
+        for file in map(str, files):
+            if file.lower().endswith(_ARCHIVES):
+                raise InputError(f"{file} is an archive", file=source, mend="Unpack it first")
+            if is_local:
+                require_inside(os.path.expanduser(name), file)
+            elif not file.startswith("hf://datasets/"):
+                raise InputError(f"the data set takes a file from elsewhere: {file}", file=source)
 
 
 def _downloaded(source: str, name: str, file: str) -> str:

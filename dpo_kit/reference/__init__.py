@@ -11,6 +11,7 @@ from dpo_kit.reference.in_memory import (
     AdapterReference,
     LiveReference,
     MovingReference,
+    StartReference,
 )
 from dpo_kit.reference.interface import NoReference, Reference
 from dpo_kit.reference.store import ModelStore, ModelSummary, ReferenceCache
@@ -27,5 +28,6 @@ __all__ = [
     "Reference",
     "ReferenceCache",
     "ReferenceMode",
+    "StartReference",
     "make_reference",
 ]

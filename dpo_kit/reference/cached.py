@@ -6,6 +6,7 @@ What is missing is computed by a model that is there for that time only (`origin
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -18,12 +19,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from dpo_kit import ranks
 from dpo_kit.errors import InputError, TrainingError
 from dpo_kit.evaluation.pair_scores import score_batches
 from dpo_kit.examples import Example, ScoredReplies, number_sequences, sequence_keys, sequences_of
 from dpo_kit.logprob import HeadInputs
 from dpo_kit.models import unwrap
 from dpo_kit.packing import MicroBatch
+from dpo_kit.quantised import count_parameters
 from dpo_kit.reference.lookup import Lookup
 from dpo_kit.reference.shards import Kind, Shard
 from dpo_kit.reference.store import ModelStore
@@ -171,6 +174,39 @@ class CachedReference:
         self.reload()
         return done
 
+    def fill_together(
+        self,
+        model: nn.Module,
+        groups: Iterable[Sequence[Example]],
+        *,
+        plan: Plan,
+        filler: MicroBatch,
+        device: torch.device,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """As `fill`, by a model that is in shards over the ranks: each pass is one of all ranks.
+
+        Args:
+            model: the reference, in shards; on all ranks together.
+            groups: as in `fill`.
+            plan: likewise.
+            filler: what a rank runs that has nothing left, while others have.
+            device: of the model.
+            progress: as in `fill`.
+        """
+        self.reload()
+        wanted = self._wanted(groups, ranks.rank(), ranks.ranks())
+        first = next(wanted, None)
+        if not ranks.agree(first is not None):
+            return 0
+        lots = wanted if first is None else chain([first], wanted)
+        batches = (batch for examples in lots for batch in plan(examples))
+        done = self._compute(model, (batch for batch in batches if ranks.agree(True)), device, progress)
+        others = itertools.takewhile(lambda _: ranks.agree(False), itertools.repeat(filler))
+        for _ in score_batches(model, others, device, self._autocast):
+            pass
+        return done
+
     def _compute(
         self,
         model: nn.Module,
@@ -184,7 +220,7 @@ class CachedReference:
             name=self._name,
             dtype=str(next(model.parameters()).dtype),
             autocast=None if self._autocast is None else str(self._autocast),
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=count_parameters(model),
             **{"class": type(unwrap(model)).__name__},
         )
         with _Writer(self.store, self.kind) as writer:

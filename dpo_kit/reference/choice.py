@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from dpo_kit import ranks
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import active_adapters, adapter_tensors, model_key, trained_base_parameters
 from dpo_kit.models import unwrap
@@ -17,6 +18,7 @@ from dpo_kit.reference.in_memory import (
     AdapterReference,
     LiveReference,
     MovingReference,
+    StartReference,
     check_has_adapters,
     load_adapter,
 )
@@ -26,7 +28,7 @@ from dpo_kit.reference.store import ReferenceCache
 
 ReferenceMode = Literal["auto", "cached", "adapter_off", "adapter", "live", "moving", "none"]
 
-_OURS = (CachedReference, LiveReference, AdapterOffReference, NoReference)
+_OURS = (CachedReference, LiveReference, AdapterOffReference, StartReference, NoReference)
 
 
 def make_reference(
@@ -46,8 +48,9 @@ def make_reference(
     """The reference that a run asks for.
 
     Args:
-        mode: "auto": none where the objective needs none; "cached" where it can be; "adapter_off" where the
-            policy has a fresh adapter, trains nothing else and nothing else is given; else "live".
+        mode: "auto": none where the objective needs none; "cached" where it can be; where nothing is given
+            and the policy has adapters, "adapter_off" if these are fresh and nothing else is trained, else a
+            frozen copy of what is trained, which takes its place (`StartReference`); else "live".
         policy: with its adapter, where it gets one; as it is before the first step, in eval or train mode.
         needed: whether the objective looks at a reference.
         given: a model, or where to load one from, or a reference of one's own; default: the policy as it is.
@@ -68,7 +71,10 @@ def make_reference(
     if given is not None and not isinstance(given, (nn.Module, str, Path)):
         return given if isinstance(given, _OURS) else GivenReference(given)
     if mode == "auto":
-        mode = _best_mode(policy, given, cacheable)
+        if not cacheable and given is None and active_adapters(policy):
+            fresh = _is_fresh(policy) and not trained_base_parameters(policy)
+            return AdapterOffReference(policy, is_policy=True) if fresh else StartReference(policy)
+        mode = "cached" if cacheable else "live"
     if mode == "cached":
         if needed and not cacheable:
             raise InputError(
@@ -101,13 +107,6 @@ def _check_mode(mode: str, needed: bool, given: Any) -> None:
         )
 
 
-def _best_mode(policy: nn.Module, given: Any, cacheable: bool) -> str:
-    if cacheable:
-        return "cached"
-    fresh = given is None and starts_as_base(policy)
-    return "adapter_off" if fresh and not trained_base_parameters(policy) else "live"
-
-
 def _in_memory(
     mode: str, policy: nn.Module, given: Any, adapter: str | None, update_every: int, update_weight: float
 ) -> Reference:
@@ -121,7 +120,7 @@ def _in_memory(
         return MovingReference(policy, update_every=update_every, weight=update_weight)
     _check_base_stays(policy)
     if mode == "adapter_off":
-        return AdapterOffReference(policy, is_policy=starts_as_base(policy))
+        return AdapterOffReference(policy, is_policy=_is_fresh(policy))
     if adapter is None:
         raise InputError(
             "mode adapter needs the name of an adapter",
@@ -157,11 +156,12 @@ def _cached(
     name = str(given) if isinstance(given, (str, Path)) else getattr(model.config, "_name_or_path", "")
     dtype = _dtype(policy)
     if isinstance(given, (str, Path)):
-        key = key_of_path(cache, str(given), dtype, autocast)
+        key = ranks.by_first(lambda: key_of_path(cache, str(given), dtype, autocast))
     else:
         # A fresh adapter changes nothing: then a run with one shares the cache of the bare model.
-        fresh = given is None and starts_as_base(policy)
-        key = model_key(model, autocast=autocast, adapters=[] if fresh else None)
+        adapters: list[str] | None = [] if given is None and _is_fresh(policy) else None
+        # The other ranks' weights are the same, or not there yet.
+        key = ranks.by_first(lambda: model_key(model, autocast=autocast, adapters=adapters))
     origin = Origin(key, autocast, dtype, path=name)
     if given is None:
         origin.policy = policy
@@ -176,6 +176,11 @@ def _cached(
         dtype=torch.promote_types(dtype, torch.float32),
         name=name,
     )
+
+
+def _is_fresh(policy: nn.Module) -> bool:
+    """`starts_as_base`, as rank 0 sees it."""
+    return ranks.by_first(lambda: starts_as_base(policy))
 
 
 def starts_as_base(policy: nn.Module) -> bool:

@@ -200,6 +200,71 @@ class AdapterReference(AdapterOffReference):
         return adapters_on(self._policy, self._name)
 
 
+class StartReference:
+    """The policy with all that is trained of it as it was at first; no second model in memory.
+
+    Its start is kept as a frozen copy of the trained parameters alone, outside of the model, so that it is
+    never saved, trained or given to an optimiser; for the time of a forward pass it takes their place.
+
+    Args:
+        policy: possibly wrapped, with its adapters, at its start.
+    """
+
+    needs_keys = False
+    is_policy = True
+    model: nn.Module | None = None
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._policy: Any = unwrap(policy)
+        # A parameter that two modules share is kept once.
+        start: dict[nn.Parameter, nn.Parameter] = {
+            p: nn.Parameter(p.detach().clone(), requires_grad=False)
+            for p in self._policy.parameters()
+            if p.requires_grad
+        }
+        self._places = [
+            (module, name, start[p])
+            for module in self._policy.modules()
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False)
+            if p in start
+        ]
+
+    @contextlib.contextmanager
+    def _at_start(self) -> Iterator[None]:
+        now = [module._parameters[name] for module, name, _ in self._places]
+        if any(hasattr(p, "full_tensor") for p in now):
+            raise InputError(
+                "the start of an adapter cannot take the place of parameters that are sharded over ranks",
+                field="reference.mode",
+                mend="Set it to live or, with a loss that needs log-probs alone, to cached; or do not shard.",
+            )
+        modes = [(module, module.training) for module in self._policy.modules()]
+        try:
+            self._policy.eval()
+            for (module, name, start), p in zip(self._places, now, strict=True):
+                if p is not None and start.device != p.device:
+                    start.data = start.data.to(p.device)
+                module._parameters[name] = start
+            yield
+        finally:
+            for (module, name, _), p in zip(self._places, now, strict=True):
+                module._parameters[name] = p
+            for module, mode in modes:
+                module.training = mode
+
+    @torch.no_grad()
+    def logprobs(self, batch: MicroBatch) -> SequenceLogProbs:
+        """One forward pass of the policy as it was."""
+        with self._at_start():
+            return sequence_logprobs(self._policy, batch)
+
+    @torch.no_grad()
+    def head_inputs(self, batch: MicroBatch) -> HeadInputs:
+        """What its output head multiplied; see `dpo_kit.scoring.head_inputs`."""
+        with self._at_start():
+            return head_inputs(self._policy, batch)
+
+
 def load_adapter(policy: nn.Module, folder: Path, name: str = "reference") -> str:
     """Load an adapter from a folder beside the policy's own, not to be trained; its name.
 

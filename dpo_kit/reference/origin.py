@@ -76,6 +76,9 @@ class Origin:
         if self.policy is None:
             return None
         policy = unwrap(self.policy)
+        if any(hasattr(p, "full_tensor") for p in policy.parameters()):
+            # In shards it is run by all ranks together or not at all: `CachedReference.fill_together`.
+            return None
         if active_adapters(policy) and self._is_it(policy, []):
             stack.enter_context(adapters_off(policy))
         elif not self._is_it(policy):

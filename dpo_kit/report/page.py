@@ -177,15 +177,12 @@ def render(template: str, *, folders: Sequence[Path] = (), **values: Any) -> str
 
 def write_page(page: Path, html: str, drawn: dict[Drawn, bytes]) -> Path:
     """Write the page, and its pictures into `plots` beside it."""
-    try:
+    with writing("the report", page, mend="Make room, or write it elsewhere."):
         (page.parent / "plots").mkdir(parents=True, exist_ok=True)
         for picture, png in drawn.items():
             write_whole(page.parent / "plots" / f"{picture.name}.png", png)
         # JSON can hold half a surrogate pair, which UTF-8 cannot: it is shown by its number.
         write_whole(page, html.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        place = error.filename or page.parent
-        raise InputError(f"cannot be written ({error.strerror})", file=place) from error
     return page
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dpo_kit.errors import InputError
+from dpo_kit.yaml_file import parse_yaml
 
 # What TRL's PPO calls a metric that goes by the name on the left elsewhere.
 _OTHER_NAMES = {"learning_rate": "lr", "kl_coef": "objective/kl_coef"}
@@ -190,16 +190,9 @@ def _read_recipe(file: Path) -> tuple[str | None, dict[str, Any]]:
         return None, {}
     try:
         text = _read_bytes(file).decode()
-        recipe = yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or error
-        raise InputError(
-            f"not YAML ({problem})",
-            file=file,
-            line=None if mark is None else mark.line + 1,
-            mend="Mend or remove the file.",
-        ) from error
+        recipe = parse_yaml(text, file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 ({error})", file=file, mend="Mend or remove the file.") from error
     if not isinstance(recipe, dict | None):
         raise InputError("expected a mapping", file=file, mend="Mend or remove the file.")
     return text, recipe or {}

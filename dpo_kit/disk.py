@@ -1,0 +1,94 @@
+"""A disk that may be full or closed to us: what its errors say, and files that are on it for certain.
+
+What is written, and what is kept when that fails, is said by whoever writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dpo_kit.errors import TrainingError
+
+# Of the place that is written to; any other error is the program's.
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why a disk refused to be written, in the system's words; None for an error of something else.
+
+    safetensors, pyarrow and torch.distributed raise errors of their own, whose text has the system's number.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (named := re.search(r"(?:os error|[Ee]rrno) (\d+)", str(error))):
+        number = int(named[1])
+    return os.strerror(number) if number in _REFUSALS else None
+
+
+def room(place: Path) -> str:
+    """How much of the disk of a file or folder is free, for people."""
+    there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free there"
+
+
+@contextlib.contextmanager
+def writing(
+    what: str, place: Path, *, partial: Path | None = None, mend: str = "Make room, and go on with --resume."
+) -> Iterator[None]:
+    """Around what writes: a disk's refusal becomes an error that names the place.
+
+    Args:
+        what: is written, for people.
+        place: file or folder.
+        partial: a file or folder that is removed then, so that its room is free again.
+        mend: what the user can do.
+
+    Raises:
+        TrainingError: the disk is full, or must not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (problem := refusal(error)) is None:
+            raise
+        if partial is not None:
+            remove(partial)
+        message = f"{place}: {what} could not be written: {problem} ({room(place)}). {mend}"
+        raise TrainingError(message) from error
+
+
+def remove(place: Path) -> None:
+    """Remove a file or folder, as far as that can be done."""
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            place.unlink()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file that was written is on the disk.
+
+    Raises:
+        OSError: it cannot be; some file systems notice only now that they are full.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        sync_file(path)

@@ -1,0 +1,201 @@
+"""The rows of a step -> the rows of each rank, so that all ranks have equal work.
+
+`RankBatches` is the dataloader's batch sampler: it takes the rows of a step in the order in which one process
+would, and yields those that fall to this rank. Every rank does the same sums on the same integers, so none
+has to tell another. Ranks may have different numbers of rows, or none: a step's loss is a mean over all of
+them (`loop`). What a rank then does with its rows is planned in `packing`.
+
+Work is counted in tokens of the body: a prompt once for all its rows that one rank has, every token of their
+replies, what the head does for those, and attention. How much that is worth depends on the model (`Costs`):
+attention is quadratic in a sequence, but its share of a token's work is only the number of tokens it sees
+over six times the hidden size: 1% for 250 tokens and a hidden size of 4096, a third for 8192 tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch.utils.data import BatchSampler, Sampler
+
+from dpo_kit.dealing import TokenRows
+from dpo_kit.tree import IntArray
+
+# Units of work per token: whole numbers, so that all ranks add them up alike.
+_UNIT = 1024
+# The longest rank over the least it could be, below which rows of one prompt are not parted any further.
+_GOOD = 1.02
+# A forward pass alone, to one with its backward pass.
+_FORWARD = 1 / 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model does for a token beside its pass through the body's matrices, which counts as 1.
+
+    Attributes:
+        reply: of the head, for a reply's token.
+        seen: of attention, for each earlier token that a token sees.
+    """
+
+    reply: float = 0.0
+    seen: float = 0.0
+
+    @classmethod
+    def of(cls, config: Any, *, with_head: bool = True) -> Costs:
+        """By a model's configuration; tokens alone count where it does not tell its sizes.
+
+        A layer is taken to have 12 H^2 weights, as a GPT of hidden size H and a Llama nearly do. So the head
+        (V H) costs V / (12 L H), and attention (2 H for each token seen, in each layer) 1 / (6 H).
+        """
+        text = config.get_text_config()
+        names = ("hidden_size", "num_hidden_layers", "vocab_size")
+        hidden, layers, vocabulary = (getattr(text, name, None) or 0 for name in names)
+        if not hidden or not layers:
+            return cls()
+        return cls(vocabulary / (12 * layers * hidden) if with_head else 0.0, 1 / (6 * hidden))
+
+
+class RowWork:
+    """Estimated work of each row of a data set, from the lengths of its columns.
+
+    Args:
+        rows: of any kind; with `partners`, these cost a forward pass.
+        costs: of the model.
+        with_rejected: whether rejected replies are computed.
+
+    Attributes:
+        prompts: [N] work of each row's prompt, int64, in 1/1024 of a token's.
+        replies: [N] work of all its replies.
+    """
+
+    def __init__(self, rows: TokenRows, costs: Costs, *, with_rejected: bool = True) -> None:
+        self._rows = rows
+        names = [name for name in rows.replies if with_rejected or name != "rejected_ids"]
+        (tokens, squares), (replies, reply_squares) = rows.lengths(["prompt_ids"]), rows.lengths(names)
+        self._tokens = tokens
+        prompts = tokens + costs.seen * squares / 2
+        work = (1 + costs.reply) * replies + costs.seen * (tokens * replies + reply_squares / 2)
+        if rows.partners is not None:
+            work += _FORWARD * (prompts + work[rows.partners])
+        self.prompts, self.replies = (np.rint(_UNIT * each).astype(np.int64) for each in (prompts, work))
+
+    def groups(self, rows: IntArray) -> IntArray:
+        """[n] for each of some rows a number that those with the same prompt share."""
+        lengths = self._tokens[rows].tolist()
+        counts = Counter(lengths)
+        numbers: dict[Any, int] = {}
+        # A prompt is read only where another one is as long.
+        keys = [
+            self._rows.prompt(row).tobytes() if counts[length] > 1 else length
+            for row, length in zip(rows.tolist(), lengths, strict=True)
+        ]
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+
+
+class RankBatches(BatchSampler):
+    """For each step of an epoch, the rows that fall to this rank.
+
+    Each of the sampler's rows is in a batch of one rank; a batch may be empty. The length is the number of
+    steps, the same on all ranks.
+
+    Args:
+        sampler: gives the same rows on all ranks; its `set_epoch`, where it has one, is called by accelerate.
+        batch_size: rows of a step, over all ranks.
+        drop_last: leave out a last step that is not full.
+        rank: of this process.
+        ranks: processes that share a step.
+        work: of the rows. None: neighbours are dealt, `batch_size / ranks` to each rank while there are any.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+        work: RowWork | None = None,
+    ) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+        self._rank, self._ranks, self._work = rank, ranks, work
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for rows in super().__iter__():
+            yield rows if self._ranks == 1 else self._own(rows)
+
+    def _own(self, rows: list[int]) -> list[int]:
+        if self._work is None:
+            share = self.batch_size // self._ranks
+            return rows[self._rank * share : (self._rank + 1) * share]
+        step = np.asarray(rows)
+        work = self._work
+        ranks = deal_to_ranks(work.prompts[step], work.replies[step], work.groups(step), self._ranks)
+        return step[ranks == self._rank].tolist()
+
+
+def deal_to_ranks(prompts: IntArray, replies: IntArray, groups: IntArray, ranks: int) -> IntArray:
+    """The rank of each row of a step, such that the longest rank is short.
+
+    The longest unit goes to the rank with the least work, then the next one (LPT: Graham, 1969, SIAM J. Appl.
+    Math. 17). A unit is at first all rows of one prompt. Where that leaves the ranks uneven, large units are
+    cut in more and more parts, each of which computes the prompt again; the cut whose longest rank is the
+    shortest is taken.
+
+    Args:
+        prompts: [n] work of each row's prompt.
+        replies: [n] and of its replies.
+        groups: [n] number of its prompt, from 0.
+        ranks: how many.
+    """
+    even = _sizes(prompts, replies, groups).sum() / ranks
+    good = _GOOD * max(even, (prompts + replies).max())
+    best, shortest, largest = groups, math.inf, math.inf
+    while True:
+        units = _units(prompts, replies, groups, largest)
+        sizes = _sizes(prompts, replies, units)
+        owners = _longest_first(sizes.tolist(), ranks)
+        longest = np.bincount(owners, weights=sizes, minlength=ranks).max()
+        if longest < shortest:
+            best, shortest = owners[units], longest
+        if shortest <= good or len(sizes) == len(groups):
+            return best
+        largest = min(even, largest / 2)
+
+
+def _units(prompts: IntArray, replies: IntArray, groups: IntArray, largest: float) -> IntArray:
+    """[n] number of each row's unit: a group, or one of as many equal parts as bring it below a size."""
+    counts = np.bincount(groups)
+    sizes = _sizes(prompts, replies, groups)
+    parts = np.minimum(np.ceil(sizes / largest).clip(1), counts).astype(np.int64)
+    order = groups.argsort(kind="stable")
+    within = np.empty_like(groups)
+    within[order] = np.arange(len(groups)) - (counts.cumsum() - counts)[groups[order]]
+    return (parts.cumsum() - parts)[groups] + within * parts[groups] // counts[groups]
+
+
+def _sizes(prompts: IntArray, replies: IntArray, units: IntArray) -> IntArray:
+    """[units] work of each: one prompt and all replies."""
+    count = int(units.max()) + 1
+    sizes = np.zeros(count, np.int64)
+    np.add.at(sizes, units, replies)
+    first = np.zeros(count, np.int64)
+    first[units] = prompts
+    return sizes + first
+
+
+def _longest_first(sizes: list[int], ranks: int) -> IntArray:
+    """The rank of each unit; of equal ones the first has its turn first."""
+    loads = [(0, rank) for rank in range(ranks)]
+    owners = np.empty(len(sizes), np.int64)
+    for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):
+        load, rank = loads[0]
+        owners[unit] = rank
+        heapq.heapreplace(loads, (load + sizes[unit], rank))
+    return owners

@@ -1,0 +1,239 @@
+"""Two ranks with the policy in shards (FSDP2) train as one process does: losses, metrics, norms, weights.
+
+The file is its own script, as test_ranks.py: started by torch.distributed.run it runs every case on two ranks
+(gloo, CPU), and the tests compare what that leaves with the same cases in one process.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import TREE_FAMILIES, make_model
+from safetensors.torch import load_file, save_file
+from test_trainer import make_dataset, make_trainer
+
+from dpo_kit import sharding
+from dpo_kit.config import PreferenceConfig
+from dpo_kit.errors import InputError
+from dpo_kit.models import load_reward_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
+
+# The ranks cut their share of a step into several micro-batches, and not into equally many.
+CUT = {"tokens_per_micro_batch": 70}
+LORA = {"lora": True}
+LIVE = {"own": True, "reference_mode": "live"}
+# Settings of the trainer, and by other names: family, lora, own (the reference is the policy's start), dtype.
+CASES = {
+    "tied": CUT,
+    "untied": CUT | {"family": "qwen2"},
+    "padded": CUT | {"layout": "padded"},
+    "coupled": CUT | {"loss": "aot"},
+    "mismatched": CUT | {"loss": "kto"},
+    "distributions": CUT | {"loss": "tdpo2"},
+    "rewards": CUT | {"loss": "bradley_terry"},
+    "checkpointed": CUT | {"gradient_checkpointing": True},
+    "checkpointed_coupled": CUT | {"gradient_checkpointing": True, "loss": "aot"},
+    "clipped": CUT | {"max_grad_norm": 0.1},
+    "each_batch": CUT | {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    "live": CUT | LIVE,
+    "lora": CUT | LORA,
+    "lora_off": CUT | LORA | {"own": True, "loss": "tdpo2", "reference_mode": "adapter_off"},
+}
+LOW = {
+    "autocast": CUT | LIVE | {"bf16": True},
+    "low": CUT | LIVE | {"bf16": True, "dtype": torch.bfloat16},
+}
+# What is counted by rank, or measured.
+NOT_COMPARED = ("num_tokens", "total_flos", "runtime", "per_second")
+
+
+def trainer_of(name, folder, **settings):
+    own_settings = dict((CASES | LOW)[name])
+    family, dtype = own_settings.pop("family", "llama"), own_settings.pop("dtype", torch.float32)
+    own, lora = own_settings.pop("own", False), own_settings.pop("lora", False)
+    rewards = own_settings.get("loss") == "bradley_terry"
+    if rewards:
+        model, _ = load_reward_model(TREE_FAMILIES[family] | {"model_type": family})
+    else:
+        model = make_model(family, dtype)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+            for key, value in model.named_parameters():
+                # So that the adapter changes something from the start, unless the reference is that start.
+                if "lora_B" in key and not own:
+                    torch.nn.init.normal_(value, std=0.1)
+    return make_trainer(
+        folder / name,
+        model=model,
+        ref_model=None if own or rewards else make_model(family, seed=9),
+        dataset=make_dataset(24, weight=[1.0, 2.0, 0.5] * 8),
+        eval_dataset=make_dataset(10, seed=7),
+        **{
+            "batch_size": 8,
+            "max_steps": 3,
+            "per_device_eval_batch_size": 4,
+            "use_cpu": True,
+            "reference_cache_dir": str(folder / "cache"),
+        }
+        | own_settings
+        | settings,
+    )
+
+
+def whole(parameter):
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+
+
+def run_case(name, folder, **settings):
+    """Train and evaluate; leave weights and what was seen, by rank."""
+    trainer = trainer_of(name, folder, **settings)
+    step, micro_batches, reductions = trainer.training_step, [], []
+
+    def training_step(model, inputs, *others):
+        micro_batches.append(len(inputs["micro_batches"]))
+        with counted(reductions):
+            return step(model, inputs, *others)
+
+    trainer.training_step = training_step
+    before = trainer.evaluate()
+    trainer.train()
+    seen = {
+        "sharded": sharding.is_sharded(trainer.model),
+        "before": before,
+        "micro_batches": micro_batches,
+        "reductions": reductions,
+        "evaluation": trainer.evaluate(),
+        "logs": trainer.state.log_history,
+    }
+    weights = {key: whole(p).float() for key, p in trainer.model.named_parameters() if p.requires_grad}
+    rank = trainer.args.process_index
+    save_file(weights, folder / name / f"weights-{rank}.safetensors")
+    (folder / name / f"seen-{rank}.json").write_text(json.dumps(seen))
+
+
+@contextlib.contextmanager
+def counted(numbers):
+    """Within: reduce-scatters are counted; after: their number is at the end of the list."""
+    # Its name changed with torch 2.13.
+    names = ("reduce_scatter_single", "reduce_scatter_tensor")
+    name = next(name for name in names if hasattr(torch.distributed, name))
+    own, calls = getattr(torch.distributed, name), []
+
+    def reduce_scatter(*given, **keywords):
+        calls.append(name)
+        return own(*given, **keywords)
+
+    setattr(torch.distributed, name, reduce_scatter)
+    try:
+        yield
+    finally:
+        setattr(torch.distributed, name, own)
+        numbers.append(len(calls))
+
+
+def left(folder, rank=0):
+    return json.loads((folder / f"seen-{rank}.json").read_text()), load_file(
+        folder / f"weights-{rank}.safetensors"
+    )
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory):
+    """Folder of all cases on two ranks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert "view tensor" not in done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """Folder of the same cases in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in CASES | LOW:
+        run_case(name, folder)
+    return folder
+
+
+def compared(logged):
+    return {name: value for name, value in logged.items() if not any(n in name for n in NOT_COMPARED)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_with_shards_train_as_one_process(sharded, alone, name):
+    (one, expected), (two, weights), (second, _) = (
+        left(alone / name),
+        left(sharded / name),
+        left(sharded / name, 1),
+    )
+    assert two["sharded"]
+    assert not one["sharded"]
+    assert max(two["micro_batches"]) > 1
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-5)
+    assert len(one["logs"]) == len(two["logs"]) == 5
+    for mine, theirs in zip(one["logs"], two["logs"], strict=True):
+        assert compared(theirs) == pytest.approx(compared(mine), rel=1e-4, abs=1e-5)
+    assert compared(second["evaluation"]) == compared(two["evaluation"])
+    assert compared(two["before"]) == pytest.approx(compared(one["before"]), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_low_precision_is_that_of_one_process(sharded, alone, name):
+    """The step-0 check compared the policy, in shards, with its copy that is whole."""
+    (one, _), (two, _) = left(alone / name), left(sharded / name)
+    assert two["logs"][0]["loss"] == pytest.approx(one["logs"][0]["loss"], rel=2e-3)
+    assert two["logs"][0]["grad_norm"] == pytest.approx(one["logs"][0]["grad_norm"], rel=2e-2)
+
+
+def test_gradients_meet_once_a_step(sharded):
+    # Two layers and what is at the ends: tied, the two ends are one.
+    for name, groups in {"tied": 3, "untied": 4, "coupled": 3, "checkpointed": 3, "lora": 2}.items():
+        seen, _ = left(sharded / name)
+        assert seen["reductions"] == [groups] * 3
+
+
+def test_gradients_can_stay_in_shards_between_micro_batches(sharded):
+    seen = [left(sharded / "each_batch", rank)[0] for rank in (0, 1)]
+    most = [max(pair) for pair in zip(*(one["micro_batches"] for one in seen), strict=True)]
+    assert seen[0]["reductions"] == [3 * count for count in most]
+
+
+def config(tmp_path, **settings):
+    return PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
+
+
+def test_what_does_not_go_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="one process"):
+        sharding.check_wrappers(config(tmp_path, fsdp=True))
+    with pytest.raises(InputError, match="version: 2"):
+        sharding.check_wrappers(config(tmp_path, fsdp=True, fsdp_config={"version": 1}))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fsdp_version: 2"):
+        sharding.check_wrappers(config(tmp_path))
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    sharding.check_wrappers(config(tmp_path))
+
+
+if __name__ == "__main__":
+    for case in CASES | LOW:
+        run_case(case, Path(sys.argv[1]), fsdp=True)
+    torch.distributed.destroy_process_group()
