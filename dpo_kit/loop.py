@@ -12,6 +12,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from dpo_kit.checkpoints import CheckpointingTrainer
+from dpo_kit.checkpoints import CheckpointingTrainer, Counts
 from dpo_kit.checks import check_finite, check_step_zero
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, RankWarning, TrainingError
@@ -32,6 +33,7 @@ from dpo_kit.nonfinite import NonFinite, Scored
 from dpo_kit.packing import Layout, MicroBatch
 from dpo_kit.planning import Planner
 from dpo_kit.quantised import count_parameters, is_low_precision
+from dpo_kit.ranks import gather, is_first
 from dpo_kit.reference import Reference
 from dpo_kit.step import CoupledStep, Scorer, Totals, carried_on, couple, sources_of, weights_of
 from dpo_kit.stopping import StopOnSignal
@@ -39,10 +41,6 @@ from dpo_kit.stopping import StopOnSignal
 # Relative difference of a sequence's log-prob between a policy and a reference of the same weights:
 # (low precision, computed in other micro-batches) -> what is allowed.
 _ROUNDING = {(False, False): 1e-5, (False, True): 5e-5, (True, False): 1e-3, (True, True): 5e-2}
-
-
-# Below this a micro-batch is not cut for want of memory.
-_LEAST_TOKENS = 64
 
 
 class TrainingLoop(CheckpointingTrainer):
@@ -88,11 +86,11 @@ class TrainingLoop(CheckpointingTrainer):
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
         self._logged_pairs = self._counts.pairs
-        if ranks.is_first():
+        if is_first():
             self._means["train"] = WeightedMeans.of_state(self._counts.unlogged, self.args.device)
 
     def _counts_now(self) -> Counts:
-        means = WeightedMeans.merged(ranks.gather(self._means["train"].cpu()))
+        means = WeightedMeans.merged(gather(self._means["train"].cpu()))
         return replace(super()._counts_now(), unlogged=means.state())
 
     def train(  # type: ignore[override]
@@ -134,8 +132,8 @@ class TrainingLoop(CheckpointingTrainer):
     def _watch(
         self, logps: LogProbs, losses: Tensor, weights: Tensor, sources: Sequence[str], split: str | None
     ) -> None:
-        is_first = split == "train" and self.state.global_step == 0 and not self._stepped
-        if is_first and self.reference.is_policy:
+        at_start = split == "train" and self.state.global_step == 0 and not self._stepped
+        if at_start and self.reference.is_policy:
             low_precision = self.accelerator.mixed_precision != "no" or self._low_precision
             # Cached values were computed in other micro-batches, and low precision rounds otherwise there.
             cached = self.reference.needs_keys
@@ -196,12 +194,14 @@ class TrainingLoop(CheckpointingTrainer):
         if not self._stepped:
             self._logged_at = time.perf_counter()
         ranks, sharded = self.args.world_size, self._is_sharded
+        inputs = self._fitting(inputs)
         totals = Totals.of(inputs, self.accelerator, ranks, sharded=sharded, signal=self._stop.told)
         self._stop.agreed, running = totals.signal, self._counts.running
-        while (losses := self._attempt(model, self._fitting(inputs), totals)) is None:
-            pass
+        while (losses := self._attempt(model, inputs, totals)) is None:
+            inputs = self._fitting(inputs)
+            if ranks == 1:
+                totals = Totals.of(inputs, self.accelerator, 1, sharded=False)
         self._stepped = True
-        inputs = self._fitting(inputs)
         weights = weights_of(inputs["micro_batches"]).to(losses.device)
         self._is_finite = self._all_finite(losses)
         if self._is_finite:
@@ -241,7 +241,7 @@ class TrainingLoop(CheckpointingTrainer):
         together = self.args.world_size > 1 and (
             self._is_sharded or self._synchronising or self.objective.couples_examples
         )
-        if together or examples < 2 or budget < _LEAST_TOKENS:
+        if together or examples < 2:
             why = "the ranks are in the midst of a step together" if together else "one example fills it"
             raise TrainingError(
                 f"memory ran out at step {self.state.global_step + 1}, in a micro-batch of {largest} tokens, "
@@ -368,7 +368,9 @@ class TrainingLoop(CheckpointingTrainer):
     ) -> EvalLoopOutput:
         """Metrics of every pair of a data set; nothing is trained and no logits are kept."""
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
-        model.to(self.args.device).eval()
+        if not self._is_sharded:
+            model.to(self.args.device)
+        model.eval()
         started, pairs = time.perf_counter(), 0
         with torch.no_grad():
             for inputs in dataloader:
