@@ -1,4 +1,4 @@
-"""Tables of registered losses and shapes of data -> README.md, docs/data.md, between marks (`make docs`)."""
+"""Tables of losses, shapes of data and what goes with what -> pages, between marks (`make docs`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpo_kit.losses.table import markdown as objectives
+from dpo_kit.matrix import markdown as matrix
 from dpo_kit.pairs.formats.table import markdown as formats
 
 ROOT = Path(__file__).parent.parent
-TABLES = {"objectives": (ROOT / "README.md", objectives), "formats": (ROOT / "docs" / "data.md", formats)}
+TABLES = {
+    "objectives": (ROOT / "README.md", objectives),
+    "formats": (ROOT / "docs" / "data.md", formats),
+    "matrix": (ROOT / "docs" / "matrix.md", matrix),
+}
 
 
 def with_table(text: str, name: str, markdown: Callable[[], str]) -> str:

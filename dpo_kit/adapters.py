@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import DpoKitWarning, InputError
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -246,7 +246,32 @@ def put_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False
     for warning in told:
         if "missing adapter keys" in str(warning.message):
             raise _unusable(f"the adapter is not whole: {str(warning.message)[:200]}", folder)
+    if more := sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}")):
+        message = (
+            f"{folder}: there are more adapters in it ({', '.join(more)}), and they are left where they are"
+        )
+        warnings.warn(message, DpoKitWarning, stacklevel=3)
     return adapted
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Take over, bit for bit, what `save_pretrained` of a peft model with the same adapters has written.
+
+    Which of them are switched on, and trained, stays as it is.
+
+    Raises:
+        InputError: there are others in the folder.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    for name in model.peft_config:
+        path = (folder if name == "default" else folder / name) / _WEIGHTS
+        saved = load_file(path) if path.is_file() else {}
+        own = get_peft_model_state_dict(model, adapter_name=name)
+        if {key: value.shape for key, value in saved.items()} != {k: v.shape for k, v in own.items()}:
+            raise InputError(f"there is no adapter like '{name}' of the model", file=path, field="model")
+        set_peft_model_state_dict(model, saved, adapter_name=name)
 
 
 def saves(folder: str | Path, layer: str) -> bool:

@@ -157,7 +157,9 @@ def _lines_until(path: Path, state: TrainerState) -> list[str]:
         return []
     step = state.global_step
     # A run that died after its last checkpoint has logged more of that very step.
-    of_step = sum(logged.get("step") == step and "train_runtime" not in logged for logged in state.log_history)
+    of_step = sum(
+        logged.get("step") == step and "train_runtime" not in logged for logged in state.log_history
+    )
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:

@@ -20,6 +20,9 @@ from dpo_kit.errors import DpoKitWarning, InputError
 
 T = TypeVar("T")
 
+# In a folder of checkpoints: what is being written, and what is being removed.
+WRITING, REMOVING = ".writing", ".removing"
+
 
 def steps_in(folder: Path) -> dict[int, Path]:
     """The folders step-N in one of checkpoints, by their steps, good or not."""
@@ -138,4 +141,14 @@ def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
     others = [path for _, path in sorted(steps_in(newest.parent).items()) if path not in kept]
     excess = len(others) + len(kept) - limit
     for path in others[: max(excess, 0)]:
-        shutil.rmtree(path, ignore_errors=True)
+        # What a process leaves that dies on the way is no checkpoint any more.
+        removing = newest.with_name(REMOVING)
+        removing.mkdir(exist_ok=True)
+        path.rename(free_name(removing / path.name))
+        shutil.rmtree(removing, ignore_errors=True)
+
+
+def clear_up(folder: Path) -> None:
+    """Remove what a process that died was writing or removing in a folder of checkpoints."""
+    for name in (WRITING, REMOVING):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_shards
 
@@ -23,9 +27,9 @@ from dpo_kit.checkpoint_files import plain_name
 from dpo_kit.errors import InputError
 
 
-def is_sharded(tensors: Mapping[str, Tensor]) -> bool:
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of them is spread over ranks."""
-    return any(isinstance(value, DTensor) for value in tensors.values())
+    return any(isinstance(value, DTensor) for value in tensors)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -40,9 +44,9 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write each rank's part of the tensors into one file per rank; all ranks call it.
 
     Raises:
-        CheckpointException: on all ranks, where one cannot write.
+        OSError: on all ranks, where one cannot write.
     """
-    with _quiet():
+    with _for_people():
         dcp.save(
             {name: value.detach() for name, value in tensors.items()},
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
@@ -64,11 +68,11 @@ def read_shards(folder: Path, into: Mapping[str, Tensor]) -> None:
         if (size := known[name].size) != value.shape:  # type: ignore[union-attr]
             problem = f"{name} has the shape {list(size)} and the model's {list(value.shape)}"
             raise InputError(problem, file=folder)
-    with _quiet():
+    with _for_people():
         dcp.load(
             dict(into),
             storage_reader=HuggingFaceStorageReader(str(folder)),
-            no_dist=not is_sharded(into),
+            no_dist=not is_sharded(into.values()),
         )
 
 
@@ -97,8 +101,8 @@ def read_alike(folder: Path, owners: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says to the developers of such code."""
+def _for_people() -> Iterator[None]:
+    """Without what torch says to developers; its errors are what went wrong on the first rank."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -106,5 +110,8 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except CheckpointException as error:
+        # Not even an Exception.
+        raise error.failures[min(error.failures)][0] from None
     finally:
         logger.setLevel(level)

@@ -37,13 +37,16 @@ _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer", "scheduler.json", "scaler.json"
 
 def save_whole(trainer: Any, folder: str) -> None:
     """Write the model as save_pretrained does; a sharded one is gathered on the first rank."""
+    if not is_sharded(trainer.model.parameters()):
+        trainer._save(folder)
+        return
     tensors = model_tensors(trainer.model)
     if adapters := getattr(trainer.model, "peft_config", None):
         # The base model is not written, and would be gathered for nothing.
         parts = {f".{name}." for name in adapters}
         trained = {plain_name(n) for n, p in trainer.model.named_parameters() if p.requires_grad}
         tensors = {n: v for n, v in tensors.items() if n in trained or any(p in f"{n}." for p in parts)}
-    trainer._save(folder, state_dict=_gathered(tensors) if is_sharded(tensors) else None)
+    trainer._save(folder, state_dict=_gathered(tensors))
 
 
 def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,11 +62,10 @@ def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def save_model(trainer: Any, folder: Path) -> None:
     """Write a checkpoint's model: as `save_whole`, but a sharded one sharded; an adapter is whole."""
     model = trainer.model
-    tensors = model_tensors(model)
-    if not is_sharded(tensors) or hasattr(model, "peft_config"):
+    if not is_sharded(model.parameters()) or hasattr(model, "peft_config"):
         save_whole(trainer, str(folder))
         return
-    write_shards(folder / _MODEL_SHARDS, tensors)
+    write_shards(folder / _MODEL_SHARDS, model_tensors(model))
     if trainer.args.should_save:
         model.config.save_pretrained(folder)
         if trainer.processing_class is not None:
@@ -76,17 +78,16 @@ def load_sharded_model(model: Any, folder: Path) -> bool:
     Raises:
         InputError: it is of another model.
     """
-    tensors = model_tensors(model)
     shards = folder / _MODEL_SHARDS
     if shards.is_dir():
-        read_shards(shards, tensors)
+        read_shards(shards, model_tensors(model))
         return True
-    if not is_sharded(tensors):
+    if not is_sharded(model.parameters()):
         return False
     if hasattr(model, "peft_config"):
         _load_adapter(model, folder)
     else:
-        read_shards(folder, tensors)
+        read_shards(folder, model_tensors(model))
     return True
 
 
@@ -112,7 +113,7 @@ def save_optimizer(trainer: Any, folder: Path) -> None:
     Raises:
         InputError: a state that only a pickle could keep.
     """
-    sharded = is_sharded(dict(trainer.model.named_parameters()))
+    sharded = is_sharded(trainer.model.parameters())
     if not sharded and not trainer.args.should_save:
         return
     state = optimizer_state(trainer.optimizer, parameter_names(trainer.model))
@@ -164,7 +165,7 @@ def load_optimizer(trainer: Any, folder: Path) -> None:
 def _optimizer_tensors(tree: Any, folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that a tree of states names, spread over ranks as the parameters are."""
     shards, whole = folder / _OPTIMIZER_SHARDS, folder / f"{_OPTIMIZER}.safetensors"
-    if not shards.is_dir() and not is_sharded(parameters):
+    if not shards.is_dir() and not is_sharded(parameters.values()):
         return read_tensors(whole)
     # A name is optimizer/state/PARAMETER/...; see `checkpoint_files.split_tree`.
     owners = {name: parameters.get(name.split("/")[2], torch.empty(0)) for name in _names(tree)}

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from dpo_kit import checkpoint_states, ranks
+from dpo_kit.adapters import load_adapters
 from dpo_kit.checkpoint_files import (
     random_states,
     read_json,
@@ -33,7 +34,9 @@ from dpo_kit.checkpoint_files import (
     write_tensors,
 )
 from dpo_kit.checkpoint_folders import (
+    WRITING,
     check_whole,
+    clear_up,
     name_whole,
     newest_checkpoint,
     put_aside,
@@ -117,12 +120,6 @@ class CheckpointingTrainer(Trainer):
             InputError: there is none, or the one that is named is damaged.
             TrainingError: a checkpoint could not be written.
         """
-        if self.is_deepspeed_enabled and self.args.save_strategy != "no":
-            raise InputError(
-                "DeepSpeed keeps its state in pickles, which are neither written nor read here",
-                field="train.save_strategy",
-                mend="Set it to no, or shard with FSDP2, whose checkpoints are safetensors.",
-            )
         if resume_from_checkpoint is True:
             newest = newest_checkpoint(Path(str(self.args.output_dir)))
             if newest is None:
@@ -132,6 +129,8 @@ class CheckpointingTrainer(Trainer):
             check_whole(Path(resume_from_checkpoint))
             self._load_more(Path(resume_from_checkpoint))
         self._began = time.perf_counter()
+        if self.args.should_save:
+            clear_up(self.checkpoint_folder)
         if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))):
             return done
         if not resume_from_checkpoint and self.args.should_save and steps_in(self.checkpoint_folder):
@@ -150,6 +149,8 @@ class CheckpointingTrainer(Trainer):
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
+        if self.args.should_save:
+            remove_old(checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
         loss = self._counts.loss / state.global_step
         return TrainOutput(state.global_step, loss, {"train_loss": loss})
 
@@ -174,7 +175,7 @@ class CheckpointingTrainer(Trainer):
         return Path(str(self.args.output_dir)) / "checkpoints"
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoint_folder / ".writing")
+        return str(self.checkpoint_folder / WRITING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it, so that a folder step-N is always whole."""
@@ -219,19 +220,19 @@ class CheckpointingTrainer(Trainer):
         try:
             yield
         except Exception as raised:
-            if (problem := refusal(raised)) is None:
+            if (reason := refusal(raised)) is None:
                 raise
-            error = raised
+            error, problem = raised, f"{reason} ({room(self.checkpoint_folder)})"
         if not (problems := [said for said in ranks.gather(problem) if said]):
             return
-        free, folder = room(self.checkpoint_folder), self.checkpoint_folder
+        folder = self.checkpoint_folder
         if self.args.should_save:
             shutil.rmtree(self._get_output_dir(None), ignore_errors=True)
         steps = steps_in(folder)
         kept = f"step-{max(steps)}, the newest one, is kept" if steps else "there is none before it"
         raise TrainingError(
-            f"{folder}: the checkpoint of step {self.state.global_step} could not be written: {problems[0]} "
-            f"({free}); {kept}. Make room, and go on with --resume."
+            f"{folder}: the checkpoint of step {self.state.global_step} could not be written: {problems[0]}; "
+            f"{kept}. Make room, and go on with --resume."
         ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -276,7 +277,13 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         check_whole(folder)
-        if not checkpoint_states.load_sharded_model(self.model if model is None else model, folder):
+        own: Any = self.model if model is None else model
+        if checkpoint_states.load_sharded_model(own, folder):
+            return
+        if hasattr(own, "peft_config"):
+            # transformers would switch all adapters but one off.
+            load_adapters(own, folder)
+        else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

@@ -54,6 +54,9 @@ def _options(
 
 
 _debug = False
+
+# Number of the signal that was to end this command; 0: none.
+_ended_by = 0
 # How long another rank waits for the first one to say what is wrong.
 _PATIENCE_S = 5.0
 
@@ -300,10 +303,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _terminated(number: int, frame: Any) -> None:
-    from dpo_kit.errors import StoppedError
-
-    raise StoppedError("terminated (train --resume goes on from the newest checkpoint)", number)
+def _end(number: int, frame: Any) -> None:
+    """A signal that is to end the command: as no Exception, which somebody might take for another failure."""
+    global _ended_by
+    _ended_by = number
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, status: int) -> None:
@@ -337,11 +341,16 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     if _rank() == 0:
         # Other ranks are ended by their launcher, and may be waiting where no handler is called.
-        signal.signal(signal.SIGTERM, _terminated)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
     try:
         app(args=arguments, standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail("interrupted (train --resume goes on from the newest checkpoint)", 130)
+    except (KeyboardInterrupt, SystemExit):
+        # Typer makes a silent exit of an interrupt.
+        if not _ended_by:
+            raise
+        how = "terminated" if _ended_by == signal.SIGTERM else "interrupted"
+        _fail(f"{how} (train --resume goes on from the newest checkpoint)", 128 + _ended_by)
     except StoppedError as error:
         _fail(str(error), error.exit_status)
     except DpoKitError as error:

@@ -68,8 +68,8 @@ def silent(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one line of JSON, in ASCII where stdout cannot take its characters."""
-    text = json.dumps(value, ensure_ascii=False)
+    """Print one line of JSON, in ASCII in a terminal, and where stdout cannot take its characters."""
+    text = json.dumps(value, ensure_ascii=sys.stdout.isatty())
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:

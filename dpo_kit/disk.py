@@ -13,13 +13,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo_kit.errors import TrainingError
+from dpo_kit.errors import InputError, TrainingError
 
 # Of the place that is written to; any other error is the program's.
-_REFUSALS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_CLOSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 def refusal(error: BaseException) -> str | None:
@@ -27,10 +25,15 @@ def refusal(error: BaseException) -> str | None:
 
     safetensors, pyarrow and torch.distributed raise errors of their own, whose text has the system's number.
     """
-    number = getattr(error, "errno", None)
-    if number is None and (named := re.search(r"(?:os error|[Ee]rrno) (\d+)", str(error))):
-        number = int(named[1])
-    return os.strerror(number) if number in _REFUSALS else None
+    number = _number(error)
+    return os.strerror(number) if number in _FULL | _CLOSED else None
+
+
+def _number(error: BaseException) -> int:
+    if (number := getattr(error, "errno", None)) is not None:
+        return int(number)
+    named = re.search(r"(?:os error|[Ee]rrno) (\d+)", str(error))
+    return int(named[1]) if named else 0
 
 
 def room(place: Path) -> str:
@@ -42,7 +45,12 @@ def room(place: Path) -> str:
 
 @contextlib.contextmanager
 def writing(
-    what: str, place: Path, *, partial: Path | None = None, mend: str = "Make room, and go on with --resume."
+    what: str,
+    place: Path,
+    *,
+    partial: Path | None = None,
+    strays: str | None = None,
+    mend: str = "Make room, and go on with --resume.",
 ) -> Iterator[None]:
     """Around what writes: a disk's refusal becomes an error that names the place.
 
@@ -50,20 +58,26 @@ def writing(
         what: is written, for people.
         place: file or folder.
         partial: a file or folder that is removed then, so that its room is free again.
+        strays: likewise what came into the folder `place` under names of this pattern, which whoever writes
+            chooses.
         mend: what the user can do.
 
     Raises:
-        TrainingError: the disk is full, or must not be written.
+        TrainingError: the disk is full.
+        InputError: the place must not be written.
     """
+    before = set(place.glob(strays)) if strays else set()
     try:
         yield
     except Exception as error:
         if (problem := refusal(error)) is None:
             raise
-        if partial is not None:
-            remove(partial)
-        message = f"{place}: {what} could not be written: {problem} ({room(place)}). {mend}"
-        raise TrainingError(message) from error
+        for part in {partial or place, *(place.glob(strays) if strays else ())} - before - {place}:
+            remove(part)
+        problem = f"{what} cannot be written: {problem}"
+        if _number(error) in _CLOSED:
+            raise InputError(problem, file=place, mend="Name another folder.") from error
+        raise TrainingError(f"{place}: {problem} ({room(place)}). {mend}") from error
 
 
 def remove(place: Path) -> None:

@@ -17,6 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from dpo_kit.adapters import base_of
+from dpo_kit.errors import InputError
 from dpo_kit.models import unwrap
 
 # Part of every key: raise it when the same model gives other log-probs than before, or shards another form.
@@ -118,9 +120,11 @@ def files_key(folder: Path, *also: str) -> str | None:
     patterns = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     base: str | None = ""
-    if (adapter := folder / "adapter_config.json").is_file():
-        named = read_fields(adapter).get("base_model_name_or_path")
-        base = files_key(Path(named)) if named and Path(named).is_dir() else None
+    if (folder / "adapter_config.json").is_file():
+        try:
+            base = files_key(Path(base_of(folder)))
+        except InputError:
+            base = None
     if base is None:
         return None
     digests = [(path.name, digest_file(path)) for path in files]
@@ -167,7 +171,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no file, or none that is whole and holds one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

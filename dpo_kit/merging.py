@@ -107,8 +107,8 @@ def merge_adapter(
     difference = _difference(before, _logits(merged, sequences))
     if not difference <= _allowed(before, merged.dtype):
         raise MergeError(
-            f"merged, the model is another: a logit differs by {difference:.3g}, and the adapter changes them by "
-            f"up to {effect:.3g}. Nothing was written; use the adapter on its base, as all commands do"
+            f"merged, the model is another: a logit differs by {difference:.3g}, where the adapter changes "
+            f"them by up to {effect:.3g}. Nothing was written. All commands take the adapter on its base too"
         )
     say(f"the adapter changes logits by up to {effect:.2e}, and merging it by {difference:.2e}")
     with _written_whole(out) as folder:

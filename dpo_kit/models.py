@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,8 +26,9 @@ from transformers import (
 from dpo_kit.adapters import adapter_and_base, put_adapter, saves
 from dpo_kit.attention import TREE_ATTENTION
 from dpo_kit.errors import InputError
-from dpo_kit.foreign_code import refused_code, require_safetensors, tell_of_code, untrusted_base
-from dpo_kit.quantised import check_whole, use_exact_layers
+from dpo_kit.foreign_code import refused_code, tell_of_code, untrusted_base
+from dpo_kit.quantised import check_whole
+from dpo_kit.weights import random_weights, refuse_lacking, refuse_quantised_random, saved_weights
 
 # What transformers' decoders call the linear layer of a ...ForSequenceClassification.
 _VALUE_HEAD = "score"
@@ -158,6 +158,7 @@ def load_model(
     seed: int = 0,
     *,
     quantization: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal LM with the weights of a folder or hub id, or random ones from a configuration's fields.
@@ -168,6 +169,7 @@ def load_model(
         dtype: dtype of the weights.
         seed: for random weights; the global generator is left as it was.
         quantization: of the linear layers but for the head; see `dpo_kit.quantised.quantization_config`.
+        device: where quantised weights are made, and stay; default: the GPU where there is one.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -177,11 +179,12 @@ def load_model(
     adapter, source = _taken_apart(source, trust_remote_code)
     config = load_config(source, trust_remote_code=trust_remote_code)
     if isinstance(source, dict):
-        _refuse_quantised_random(quantization)
-        return _random(AutoModelForCausalLM, "causal LM", config, dtype, seed)
-    options = {"quantization_config": quantization, "trust_remote_code": trust_remote_code}
-    model, missing, misshapen = _saved(AutoModelForCausalLM, source, config, dtype, seed, options)
-    _refuse_lacking(missing | misshapen, source)
+        refuse_quantised_random(quantization)
+        return random_weights(AutoModelForCausalLM, "causal LM", config, dtype, seed)
+    options: dict[str, Any] = {"quantization": quantization, "device": device}
+    options |= {"trust_remote_code": trust_remote_code}
+    model, missing, misshapen = saved_weights(AutoModelForCausalLM, source, config, dtype, seed, **options)
+    refuse_lacking(missing | misshapen, source)
     return model if adapter is None else put_adapter(model, adapter)
 
 
@@ -191,6 +194,7 @@ def load_reward_model(
     seed: int = 0,
     *,
     quantization: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, str]:
     """A reward model, that is a body with a value head (AutoModelForSequenceClassification, one label).
@@ -201,6 +205,7 @@ def load_reward_model(
         dtype: dtype of the weights.
         seed: for random weights, a new value head's among them; the global generator is left as it was.
         quantization: as for `load_model`.
+        device: likewise.
         trust_remote_code: likewise.
 
     Returns:
@@ -213,92 +218,25 @@ def load_reward_model(
     config = load_config(source, trust_remote_code=trust_remote_code)
     labels, config.num_labels = config.num_labels, 1
     if isinstance(source, dict):
-        _refuse_quantised_random(quantization)
-        model = _random(AutoModelForSequenceClassification, "reward model", config, dtype, seed)
+        refuse_quantised_random(quantization)
+        model = random_weights(AutoModelForSequenceClassification, "reward model", config, dtype, seed)
         value_head(model)
         return model, f"the reward model is new: random weights of seed {seed}"
-    options = {"quantization_config": quantization, "trust_remote_code": trust_remote_code}
-    model, missing, misshapen = _saved(
-        AutoModelForSequenceClassification, source, config, dtype, seed, options
-    )
+    options: dict[str, Any] = {"quantization": quantization, "device": device}
+    options |= {"trust_remote_code": trust_remote_code}
+    kind = AutoModelForSequenceClassification
+    model, missing, misshapen = saved_weights(kind, source, config, dtype, seed, **options)
     of_head = {f"{_VALUE_HEAD}.{name}" for name, _ in value_head(model).named_parameters()}
     if of_head & misshapen:
         problem = f"the value head has num_labels {labels}, and that of a reward model 1"
         mend = "Give a model that was trained with num_labels=1, or a causal language model."
         raise InputError(problem, file=source, field="model.path", mend=mend)
     is_new = of_head <= missing
-    _refuse_lacking((missing - of_head if is_new else missing) | misshapen, source)
+    refuse_lacking((missing - of_head if is_new else missing) | misshapen, source)
     about = f"{source} has no value head: a new one is trained, random of seed {seed}" if is_new else ""
     if adapter is None:
         return model, about
     return put_adapter(model, adapter), "" if saves(adapter, _VALUE_HEAD) else about
-
-
-def _random(kind: Any, name: str, config: PretrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return kind.from_config(config, dtype=dtype)
-        except (ValueError, TypeError, RuntimeError) as error:
-            problem = _first_line(error)[:300]
-            raise InputError(f"no {name} can be made: {problem}", field="model.config") from error
-
-
-def _refuse_quantised_random(quantization: BitsAndBytesConfig | None) -> None:
-    if quantization is not None:
-        raise InputError(
-            "random weights are not quantised: a base that stays random has nothing to be adapted",
-            field="model.quantization",
-            mend="Name a model.path, or leave it out.",
-        )
-
-
-def _saved(
-    kind: Any,
-    source: str | Path,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    seed: int,
-    options: dict[str, Any],
-) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """A model of a folder or hub id, and the names of the tensors that it lacks, and has in other shapes.
-
-    Both are filled with random numbers of the seed.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        require_safetensors(folder, field="model.path")
-    if options["quantization_config"] is not None and hasattr(config, "quantization_config"):
-        raise InputError(
-            "the model is saved quantised already",
-            file=source,
-            field="model.quantization",
-            mend="Leave it out: the model is taken as it is.",
-        )
-    # So that the callers can refuse them by name.
-    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    options |= {"use_safetensors": True}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            model, found = kind.from_pretrained(source, config=config, dtype=dtype, **options)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise InputError(_first_line(error), file=source, field="model.path") from error
-    use_exact_layers(model)
-    # Of what has another shape, transformers says (name, found, expected).
-    misshapen = {key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]}
-    return model, set(found["missing_keys"]), misshapen
-
-
-def _refuse_lacking(names: set[str], source: str | Path) -> None:
-    if names:
-        some = ", ".join(sorted(names)[:3])
-        raise InputError(
-            f"the weights lack {len(names)} tensors or have them in other shapes: {some}",
-            file=source,
-            field="model.path",
-            mend="transformers would fill them with random numbers; save the model again, whole.",
-        )
 
 
 def embedded_tokens(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from dpo_kit.adapters import check_new, check_trains, name_base
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.examples import Example, example_of
+from dpo_kit.fingerprint import trained_base_parameters
 from dpo_kit.losses import Objective
 from dpo_kit.models import (
     check_length,
@@ -91,16 +92,15 @@ def prepared_policy(
     if not isinstance(model, nn.Module):
         model = load_reward_model(model, seed=seed)[0] if rewards else load_model(model)
     policy = own_forward(model)
-    has_adapter = hasattr(policy, "peft_config")
-    if has_adapter:
-        check_trains(policy)
-    if peft_config is not None:
-        if has_adapter:
+    if hasattr(policy, "peft_config"):
+        if peft_config is not None:
             raise InputError(
                 "the model has an adapter already, and another would be put on top of it",
                 field="peft_config",
-                mend="Leave it out to train that one further, or merge that one first (dpo-kit merge).",
+                mend="Train that one further (as model.adapter), or merge it first (dpo-kit merge).",
             )
+        check_trains(policy)
+    if peft_config is not None:
         check_new(peft_config)
         from peft import get_peft_model
 
@@ -114,6 +114,7 @@ def prepared_policy(
     check_trainable(policy)
     if hasattr(policy, "peft_config"):
         name_base(policy)
+        _check_saved(policy)
     if disable_dropout(policy):
         warnings.warn("dropout is off: shared prefixes would correlate it", DpoKitWarning, stacklevel=3)
     if not rewards:
@@ -123,6 +124,26 @@ def prepared_policy(
         problem = "with this adapter the value head is not trained, nor saved"
         raise InputError(problem, field="model.lora", mend=_LORA_MEND[rewards])
     return policy
+
+
+def _check_saved(policy: Any) -> None:
+    """Refuse a peft model of which more is trained than is saved with its adapters."""
+    from peft import get_peft_model_state_dict
+
+    trained = set(trained_base_parameters(policy))
+    parameters = policy.get_base_model().named_parameters(remove_duplicate=False) if trained else ()
+    saved = {
+        value.data_ptr()
+        for name in policy.peft_config
+        for value in (get_peft_model_state_dict(policy, adapter_name=name).values() if trained else ())
+    }
+    if lost := [n for n, p in parameters if n in trained and p.data_ptr() not in saved]:
+        raise InputError(
+            f"{len(lost)} parameters of the base model are trained, and would not be saved with the adapter: "
+            f"{', '.join(lost[:3])}",
+            field="model.lora",
+            mend="Name their layers in modules_to_save, or freeze them (requires_grad_(False)).",
+        )
 
 
 def settle_padding(model: nn.Module, tokenizer: Any, dataset: Any) -> None:

@@ -18,10 +18,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import BatchSampler, Sampler
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler
+from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from dpo_kit.dealing import TokenRows
 from dpo_kit.tree import IntArray
@@ -138,6 +144,52 @@ class RankBatches(BatchSampler):
         work = self._work
         ranks = deal_to_ranks(work.prompts[step], work.replies[step], work.groups(step), self._ranks)
         return step[ranks == self._rank].tolist()
+
+
+def agreed_sampler(sampler: Any, seed: int, ranks: int, *, seedable: bool) -> Any:
+    """A sampler whose order is the same on all ranks, whatever each has drawn from its generator.
+
+    Args:
+        sampler: of transformers, or one's own.
+        seed: of the data; a random order is drawn from it and the epoch.
+        ranks: how many. One alone may draw from the global generator.
+        seedable: whether it is not to do so where accelerate knows how.
+    """
+    if isinstance(sampler, RandomSampler) and (seedable or ranks > 1):
+        return SeedableRandomSampler(sampler.data_source, data_seed=seed)
+    if ranks > 1 and getattr(sampler, "generator", 0) is None:
+        sampler.generator = torch.Generator().manual_seed(seed)
+    return sampler
+
+
+def step_loader(
+    rows: Dataset, batches: RankBatches, collate: Any, args: TrainingArguments, accelerator: Accelerator
+) -> DataLoader:
+    """The dataloader of some batches with a trainer's settings; accelerate does not deal them once more."""
+    workers = int(args.dataloader_num_workers or 0)
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
+    )
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        # As far as accelerate is to know.
+        num_processes=1,
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+        rng_types=list(accelerator.rng_types),
+        dispatch_batches=False,
+        non_blocking=accelerator.non_blocking,
+    )
 
 
 def deal_to_ranks(prompts: IntArray, replies: IntArray, groups: IntArray, ranks: int) -> IntArray:

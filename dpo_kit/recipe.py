@@ -135,7 +135,9 @@ class Recipe(Section):
         bf16 = bf16_is_fast() and not fp16 if (asked := self.train.get("bf16")) is None else asked
         compute = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
         quantization = quantization_config(section.quantization, compute or getattr(torch, section.dtype))
-        return {"quantization": quantization, "trust_remote_code": section.trust_remote_code}
+        device = torch.device("cpu") if self.train.get("use_cpu") else None
+        trusted = section.trust_remote_code
+        return {"quantization": quantization, "device": device, "trust_remote_code": trusted}
 
     def tokenizer_options(self) -> dict[str, Any]:
         """How `load_tokenizer` is to load the policy's: with code where it lies beside a trusted model."""
@@ -198,7 +200,7 @@ def _is_plain(value: Any) -> bool:
 def check_training_fields(fields: dict[str, Any], section: str) -> None:
     """Refuse keys that PreferenceConfig does not have, and values of another type."""
     hints = typing.get_type_hints(PreferenceConfig)
-    known = {f.name for f in dataclasses.fields(PreferenceConfig) if f.init}
+    known = {f.name: f.metadata.get("const") for f in dataclasses.fields(PreferenceConfig) if f.init}
     for key, value in fields.items():
         if key.endswith("_strategy") and value is False:
             fields[key] = value = "no"  # YAML reads a bare `no` as false
@@ -207,13 +209,16 @@ def check_training_fields(fields: dict[str, Any], section: str) -> None:
                 "this is not set here", field=f"{section}.{key}", mend=f"Set {_ELSEWHERE[key]} instead."
             )
         if key not in known:
-            raise InputError("unknown key", field=f"{section}.{key}", mend=_nearest(key, known))
+            raise InputError("unknown key", field=f"{section}.{key}", mend=_nearest(key, set(known)))
         if key.endswith(_OF_TOKENS) and value is not None:
             raise InputError(
                 "recipes are copied into run folders, and hold no token",
                 field=f"{section}.{key}",
                 mend="Set the environment variable HF_TOKEN.",
             )
+        if value is True and known[key] is True:
+            # As transformers takes it, whatever the hint says (fsdp).
+            continue
         try:
             adapter = TypeAdapter(_without_enums(hints[key]))
         except PydanticUserError:

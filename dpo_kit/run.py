@@ -84,7 +84,7 @@ def _carry_out(
     samples, policy, tokenizer, data, trainer = parts
     folder = Path(str(config.output_dir))
     write_origin(folder, resolved, config, policy, {s: d and d.dataset for s, d in data.items()})
-    checkpoint = ranks.broadcast(newest_checkpoint(folder) if resume and ranks.is_first() else None)
+    checkpoint = newest_checkpoint(folder) if resume else None
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     tracker = _track(recipe, trainer, tokenizer, samples, folder, say)

@@ -51,7 +51,7 @@ def replace_folder(written: Path, final: Path) -> None:
 
 # What a run cannot change on the way and still be the same run, or what its optimiser's state would override.
 _TRAIN = (
-    "per_device_train_batch_size",
+    "batch_size",
     "seed",
     "learning_rate",
     "optim",

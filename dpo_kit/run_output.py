@@ -76,7 +76,8 @@ def write_origin(
     data: dict[str, Dataset | None],
 ) -> dict[str, Any]:
     """Write recipe.yaml and environment.json, what the run is made from, and in; what the latter holds."""
-    environment = describe_environment(config, policy, data)
+    # The other ranks' weights are the same, or not there yet.
+    environment = ranks.by_first(lambda: describe_environment(config, policy, data))
     if ranks.is_first():
         write_text(folder / "recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         write_text(folder / "environment.json", json.dumps(environment, indent=2))

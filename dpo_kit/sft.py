@@ -58,9 +58,6 @@ def check_corpus(recipe: Recipe) -> None:
         InputError: the corpus, the settings, the configuration or the model.
     """
     assert recipe.sft is not None
-    for _ in read_corpus(recipe.sft):
-        pass
-    make_training_config({"output_dir": "sft"} | recipe.sft.train)
     if is_adapter(recipe.model.path):
         raise InputError(
             "an adapter is no model for SFT",
@@ -68,6 +65,9 @@ def check_corpus(recipe: Recipe) -> None:
             field="model.path",
             mend="Merge it into its base first (dpo-kit merge), or leave sft out.",
         )
+    for _ in read_corpus(recipe.sft):
+        pass
+    make_training_config({"output_dir": "sft"} | recipe.sft.train)
     source = recipe.model.path or recipe.model.config or {}
     load_config(source, trust_remote_code=recipe.model.trust_remote_code)
     if named := _named_tokenizer(recipe):

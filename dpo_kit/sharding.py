@@ -129,6 +129,21 @@ def fit_to_model(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> No
     plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
+def check_reference(plugin: FullyShardedDataParallelPlugin, reference: Any) -> None:
+    """Refuse a copy of a policy whose weights are on one rank alone until it is sharded.
+
+    Raises:
+        InputError: it is such a copy.
+    """
+    if plugin.cpu_ram_efficient_loading and reference.is_policy and reference.model is not None:
+        raise InputError(
+            "each rank keeps a copy of the policy, and only one has its weights",
+            field="reference.mode",
+            mend="Set it to cached, name the model in reference.path, or set cpu_ram_efficient_loading to "
+            "false in FSDP's configuration.",
+        )
+
+
 def prepare_once(accelerator: Accelerator) -> None:
     """Have `accelerator.prepare` hand a model that is sharded back as it is, and with it its optimiser.
 

@@ -12,11 +12,13 @@ import re
 # of surrogate pairs, which no file can hold. Tab and line feed stay.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# Keys of Hugging Face, OpenAI and its kind, GitHub, AWS; and what stands before the host in a URL.
+# Keys of Hugging Face, OpenAI and its kind, GitHub, AWS; and what stands before the host in a URL, which a
+# path writes with one slash. In hf://name@split there is no such thing, but with a colon.
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}"
-    r"|\bAKIA[0-9A-Z]{16}\b|(?<=\bBearer )[\w.~+/=-]{8,}|(?<!hf://)(?<=://)[^/\s@]+(?=@)"
+    r"|\bAKIA[0-9A-Z]{16}\b|(?<=\bBearer )[\w.~+/=-]{8,}"
 )
+_CREDENTIALS = re.compile(r"\b((?!hf:)[a-z][a-z0-9+.-]+:/{1,2}|hf:/{1,2}(?=[^/\s@]*:))[^/\s@]+(?=@)", re.I)
 _OF_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 # A shorter one stands in ordinary words.
 _SHORTEST_SECRET = 12
@@ -35,7 +37,7 @@ def _number(found: re.Match[str]) -> str:
 
 def without_secrets(text: str) -> str:
     """The text with [secret] for what looks like a key, or is the value of a variable such as $HF_TOKEN."""
-    text = _SECRETS.sub(_INSTEAD, text)
+    text = _CREDENTIALS.sub(rf"\g<1>{_INSTEAD}", _SECRETS.sub(_INSTEAD, text))
     for value in _environment_secrets():
         text = text.replace(value, _INSTEAD)
     return text

@@ -200,8 +200,7 @@ class CoupledStep:
             everyone[rank] = own
         shared = [one for one in everyone if one is not None]
         whole = concatenate([one.logps for one in shared])
-        if mismatched is not None:
-            strangers = [one.mismatched for one in shared if one.mismatched is not None]
+        if strangers := [one.mismatched for one in shared if one.mismatched is not None]:
             whole = replace(whole, mismatched=torch.cat(strangers))
         self.running = objective.averaged(whole, running)
         losses = objective(whole, self.running)

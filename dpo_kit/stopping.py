@@ -51,12 +51,18 @@ class StopOnSignal(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.told:
+            # Too late for this loop; what comes next is ended by it.
+            signal.raise_signal(self.told)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Ask for a checkpoint, and for nothing else that takes time."""
-        if self.agreed and state.global_step < state.max_steps:
+        if args.world_size == 1:
+            # Ranks tell each other in the next step.
+            self.agreed = self.told
+        if self.agreed:
             control.should_save = True
             control.should_evaluate = False
 

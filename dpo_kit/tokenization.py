@@ -25,7 +25,8 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.batch_encoding import EncodedRows, Sequences, encode_groups
-from dpo_kit.cache_folder import cache_folder
+from dpo_kit.cache_folder import ELSEWHERE, cache_folder, sweep
+from dpo_kit.disk import writing
 from dpo_kit.encoding import require_eos
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.length_policy import CUT, DROPPED, LengthPolicy, outcome_of
@@ -286,6 +287,8 @@ def _map_cached(rows: datasets.Dataset, file: Path, num_proc: int | None, **opti
     """`rows.map(_tokenize_batch)` from or to the file, which datasets writes whole and then renames."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # The names that datasets writes under.
+        sweep(file.parent, "tmp*")
     except OSError as error:
         raise InputError(
             f"cannot make the folder for the token cache: {error.strerror}",
@@ -295,7 +298,7 @@ def _map_cached(rows: datasets.Dataset, file: Path, num_proc: int | None, **opti
     written = any(file.parent.glob(f"{file.stem}*{file.suffix}"))
     processes = min(num_proc or 1, -(-len(rows) // ROWS_PER_BATCH))
     options |= {"cache_file_name": str(file), "num_proc": processes if processes > 1 else None}
-    with _environment_kept():
+    with _environment_kept(), writing("the token cache", file.parent, strays="tmp*", mend=ELSEWHERE):
         try:
             mapped = rows.with_format("arrow").map(_tokenize_batch, load_from_cache_file=True, **options)
             if len(mapped) == len(rows):

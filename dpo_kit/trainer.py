@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from datasets import Dataset
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import seed_worker
 
 from dpo_kit import ranks, sharding
 from dpo_kit.callbacks import At, MetricsFile, Progress
 from dpo_kit.capacity import measured_budget
+from dpo_kit.checkpoints import Counts
 from dpo_kit.compilation import compile_blocks
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.dealing import PromptGroups, TokenRows
@@ -47,7 +46,7 @@ from dpo_kit.preparation import (
     settle_padding,
     tokenized,
 )
-from dpo_kit.rank_batches import Costs, RankBatches, RowWork
+from dpo_kit.rank_batches import Costs, RankBatches, RowWork, agreed_sampler, step_loader
 from dpo_kit.reference import CachedReference, MovingReference, Reference, make_reference
 from dpo_kit.step import Scorer
 from dpo_kit.tokenization import longest_sequence
@@ -118,6 +117,7 @@ class PreferenceTrainer(TrainingLoop):
             )
             warnings.warn(message, DpoKitWarning, stacklevel=2)
         self.planner = Planner(args, self.objective)
+        self._metrics_file = MetricsFile()
         super().__init__(
             model=policy,
             args=args,
@@ -126,7 +126,7 @@ class PreferenceTrainer(TrainingLoop):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=[
-                MetricsFile(),
+                self._metrics_file,
                 Progress(),
                 At(before_first_step=self._settle_token_budget, after_step=self._after_step),
                 *(callbacks or []),
@@ -140,6 +140,8 @@ class PreferenceTrainer(TrainingLoop):
         if self.is_fsdp_enabled:
             sharding.fit_to_model(self.accelerator.state.fsdp_plugin, policy)
         self.reference = self._make_reference(ref_model)
+        if self.is_fsdp_enabled:
+            sharding.check_reference(self.accelerator.state.fsdp_plugin, self.reference)
         if self.reference.model is not None:
             self.reference.model.to(args.device)
         self.filled = Filled()
@@ -246,9 +248,7 @@ class PreferenceTrainer(TrainingLoop):
         asked = self.train_dataset, self.eval_dataset, self.args.max_steps
         if not isinstance(self.reference, CachedReference) or asked == self._filled_for:
             return
-        places = rows_ahead(
-            self.train_dataset, self.args, lambda: self._agreed_sampler(self._get_train_sampler())
-        )
+        places = rows_ahead(self.train_dataset, self.args, lambda: self._agreed(self._get_train_sampler()))
         self._fill(self.train_dataset, places)
         self._fill(self.eval_dataset)
         self._filled_for = asked
@@ -287,58 +287,30 @@ class PreferenceTrainer(TrainingLoop):
         dataloader_key: str | None = None,
     ) -> DataLoader:
         """As transformers has it, but the rows of a step are dealt by `RankBatches`, not by accelerate."""
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         rebalanced = is_training and args.train_sampling_strategy == "batch_rebalance"
         if rebalanced or not isinstance(dataset, Dataset):
             return super()._get_dataloader(
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )
-        rows, workers = self.planner.rows_of(dataset), int(args.dataloader_num_workers or 0)
-        sampler = sampler_fn(dataset)
+        rows, sampler = self.planner.rows_of(dataset), sampler_fn(dataset)
         batches = RankBatches(
-            SequentialSampler(dataset) if sampler is None else self._agreed_sampler(sampler),
+            SequentialSampler(dataset) if sampler is None else self._agreed(sampler),
             batch_size * args.world_size,
-            drop_last=args.dataloader_drop_last,
+            # Every held-out pair counts.
+            drop_last=args.dataloader_drop_last and is_training,
             rank=args.process_index,
             ranks=args.world_size,
             work=self._row_work(rows, is_training),
         )
-        seed = partial(seed_worker, num_workers=workers, rank=args.process_index)
-        loader = DataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
-            worker_init_fn=seed if is_training else None,
-        )
-        # One process, as far as accelerate is to know: what is dealt already is not dealt again.
-        prepared = prepare_data_loader(
-            loader,
-            accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=accelerator.device_placement,
-            rng_types=list(accelerator.rng_types),
-            dispatch_batches=False,
-            non_blocking=accelerator.non_blocking,
-        )
+        prepared = step_loader(rows, batches, self.data_collator, args, self.accelerator)
         if dataloader_key is not None and args.dataloader_persistent_workers:
             self._eval_dataloaders = getattr(self, "_eval_dataloaders", {}) | {dataloader_key: prepared}
         return prepared
 
-    def _agreed_sampler(self, sampler: Any) -> Any:
-        """A sampler whose order is the same on all ranks, whatever each has drawn from its generator."""
-        several = self.args.world_size > 1
-        if isinstance(sampler, RandomSampler) and (several or self.accelerator.use_seedable_sampler):
-            return SeedableRandomSampler(sampler.data_source, data_seed=self._data_seed)
-        if several and getattr(sampler, "generator", 0) is None:
-            sampler.generator = torch.Generator().manual_seed(self._data_seed)
-        return sampler
+    def _agreed(self, sampler: Any) -> Any:
+        args, seedable = self.args, self.accelerator.use_seedable_sampler
+        return agreed_sampler(sampler, self._data_seed, args.world_size, seedable=seedable)
 
     def _row_work(self, rows: TokenRows, is_training: bool) -> RowWork | None:
         """What rows are dealt by; None where there is one rank, and where those that are evaluated at once
@@ -364,8 +336,19 @@ class PreferenceTrainer(TrainingLoop):
 
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
+        self.filled.tokens += self._counts.reference_tokens
         if isinstance(self.reference, MovingReference):
             self.reference.load(folder)
+
+    def _counts_now(self) -> Counts:
+        return replace(super()._counts_now(), reference_tokens=sum(ranks.gather(self.filled.tokens)))
+
+    def _finished(self, checkpoint: Path) -> Any:
+        done = super()._finished(checkpoint)
+        if done is not None:
+            # It cuts the file back to what the checkpoint knows of.
+            self._metrics_file.on_train_begin(self.args, self.state, self.control)
+        return done
 
     def _save_more(self, folder: Path) -> None:
         super()._save_more(folder)

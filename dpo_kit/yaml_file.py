@@ -15,8 +15,9 @@ import yaml
 from dpo_kit.errors import InputError
 from dpo_kit.shown_text import holds_secret
 
-# Values of a file with its aliases written out. A recipe has some hundreds.
+# Values of a file with its aliases written out, and its characters. A recipe has hundreds, and thousands.
 _MOST_VALUES = 100_000
+_MOST_CHARACTERS = 1 << 20
 # Of a plain value without a tag; !!python/object and its kind are none of these.
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{name}"
@@ -63,6 +64,8 @@ def parse_yaml(text: str, file: str | Path | None = None, lines: dict[str, int |
     Raises:
         InputError: no YAML, a tag, or aliases that contain themselves or stand for too much.
     """
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"the YAML has more than {_MOST_CHARACTERS:,} characters", file=file)
     try:
         node = yaml.compose(text, _Loader)
         if node is not None:

@@ -1,4 +1,4 @@
-"""What somebody else's files may hold: pickles that run code, and texts that are no mere texts to a careless reader."""
+"""What somebody else's files may hold: pickles that run code, texts that are more to the careless."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 
 from dpo_kit.cli import main
 
-PICKLES = ("pytorch_model.bin", "model.pt", "adapter_model.bin", "weights.pth", "training_args.bin", "vocab.pkl",
-           "optimizer.pt", "scheduler.pt", "rng_state.pth")  # fmt: skip
+PICKLES = (
+    *("pytorch_model.bin", "model.pt", "adapter_model.bin", "weights.pth", "training_args.bin", "vocab.pkl"),
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth"),
+)
 
 TEXTS = (
     "<script>alert(1)</script>",
@@ -43,7 +45,7 @@ class _Bomb:
 
 
 def plant(path: Path, marker: Path, *, as_torch: bool = False) -> Path:
-    """Write a pickle that makes the folder `marker` when it is read; `as_torch`: as torch.save lays it out."""
+    """Write a pickle that makes the folder `marker` when it is read; `as_torch`: as torch.save has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = pickle.dumps(_Bomb(marker))
     if not as_torch:

@@ -18,15 +18,21 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["dpo_kit.run", "dpo_kit.sft", "dpo_kit.candidates", "dpo_kit.report", "peft", "matplotlib.pyplot"]
+PRELOADED = [
+    *("dpo_kit.run", "dpo_kit.sft", "dpo_kit.candidates", "dpo_kit.report", "peft"),
+    "matplotlib.pyplot",
+]
 # Event of the interpreter -> which of its arguments are the path, and the descriptor that it is relative to.
 _FILE_EVENTS = {"os.rename": (1, 3), "os.mkdir": (0, 2), "os.remove": (0, 1), "os.rmdir": (0, 1)}
 
@@ -53,11 +59,21 @@ class Death:
 
     Attributes:
         number: of the event, from 0, before which it happens.
+        kind: only events of this kind are counted.
         torn_at: not there, but in the first write after it that goes beyond so many bytes of a file.
+        seconds: after so many since the run began, whatever comes first.
+        signal: that it sends itself; it may live on after another one than SIGKILL.
+        times: how often, at one event after the other.
+        launcher: the signal goes to the process that started it, and not to itself.
     """
 
-    number: int
+    number: int = 1 << 62
+    kind: str | None = None
     torn_at: int | None = None
+    seconds: float | None = None
+    signal: int = signal.SIGKILL
+    times: int = 1
+    launcher: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,19 +81,25 @@ class Ended:
     """How a process ended.
 
     Attributes:
-        killed: whether it died at its `Death`.
+        killed: whether it died of its `Death`.
         events: what it came to, the one before which it died at the end.
         error: traceback of what it raised.
+        seconds: it took.
+        status: of its exit; below 0 the signal that it died of.
+        said: what a command wrote to stderr.
     """
 
     killed: bool
     events: list[str]
     error: str | None
+    seconds: float
+    status: int
+    said: str = ""
 
     @property
     def kind(self) -> str:
         """Of the last event."""
-        return kind_of(self.events[-1])
+        return kind_of(self.events[-1]) if self.events else "nothing"
 
 
 def kind_of(event: str) -> str:
@@ -97,14 +119,40 @@ def run(content: dict[str, Any], folder: Path, *, resume: bool, death: Death | N
         resume: as `run_recipe` has it.
         death: when it dies; None: it may live.
     """
+    return _end_of(_carry_out, (content, resume), folder, death)
+
+
+def command(arguments: list[str], folder: Path, *, death: Death | None = None) -> Ended:
+    """The command line in a process of its own; see `run`."""
+    return _end_of(_obey, (arguments,), folder, death)
+
+
+def launch(arguments: list[str], folder: Path, *, death: Death | None = None) -> tuple[int, str]:
+    """The command line on two ranks of torchrun, of which the second dies; exit status, and what was said."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    told = json.dumps(None if death is None else asdict(death))
+    own = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DPO_KIT_CACHE": f"{folder}/cache"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(folder), told, *arguments],
+        env=os.environ | own,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stderr
+
+
+def _end_of(work: Any, arguments: tuple[Any, ...], folder: Path, death: Death | None) -> Ended:
     folder.mkdir(parents=True, exist_ok=True)
+    said = folder.parent / f"{folder.name}.stderr"
+    said.touch()
     with _server() as context:
         events, told = context.Pipe(duplex=False)
-        process = context.Process(target=_live, args=(content, str(folder), resume, death, told))
+        process = context.Process(target=_live, args=(work, arguments, str(folder), str(said), death, told))
         process.start()
     told.close()
     seen: list[str] = []
-    error = None
+    error, began = None, time.monotonic()
     while True:
         try:
             line = events.recv()
@@ -115,11 +163,12 @@ def run(content: dict[str, Any], folder: Path, *, resume: bool, death: Death | N
         else:
             seen.append(line)
     process.join()
+    status = process.exitcode
+    assert status is not None
     dies_by = signal.SIGKILL if death is None or death.torn_at is None else signal.SIGXFSZ
-    killed = process.exitcode == -dies_by
-    if not killed and error is None and process.exitcode != 0:
-        error = f"exit status {process.exitcode} after {seen[-3:]}"
-    return Ended(killed, seen, error)
+    if status < 0 and status != -dies_by and error is None:
+        error = f"exit status {status} after {seen[-3:]}"
+    return Ended(status == -dies_by, seen, error, time.monotonic() - began, status, said.read_text())
 
 
 @contextmanager
@@ -140,23 +189,38 @@ def _server() -> Iterator[Any]:
                 os.environ[name] = value
 
 
-def _live(content: dict[str, Any], folder: str, resume: bool, death: Death | None, told: Any) -> None:
+def _live(
+    work: Any, arguments: tuple[Any, ...], folder: str, said: str, death: Death | None, told: Any
+) -> None:
     """What a process does; `told` takes its events, and the traceback where it raises."""
     os.environ["DPO_KIT_CACHE"] = f"{folder}/cache"
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    # A limit of files' sizes is not for this one.
+    output = said if death is None or death.torn_at is None else os.devnull
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
     _force_files()
+    _count_events(_Counter(told, death, folder))
+    if death is not None and death.seconds is not None:
+        threading.Timer(death.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        work(*arguments)
+    except Exception:
+        told.send({"error": traceback.format_exc()})
+        raise
+
+
+def _carry_out(content: dict[str, Any], resume: bool) -> None:
     from dpo_kit.recipe import Recipe
     from dpo_kit.run import run_recipe
 
-    recipe = Recipe.check(content)
-    _count_events(_Counter(told, death, folder))
-    try:
-        run_recipe(recipe, resume=resume, say=lambda line: None)
-    except BaseException:
-        told.send({"error": traceback.format_exc()})
-        raise
+    run_recipe(Recipe.check(content), resume=resume, say=lambda line: None)
+
+
+def _obey(arguments: list[str]) -> None:
+    from dpo_kit.cli import main
+
+    main(arguments)
 
 
 def _force_files() -> None:
@@ -187,11 +251,14 @@ class _Counter:
 
     def __call__(self, event: str) -> None:
         self._told.send(event)
-        if self._death is not None and self._number == self._death.number:
-            if self._death.torn_at is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            _limit_writes(self._death.torn_at)
-        self._number += 1
+        death = self._death
+        if death is None or (death.kind is not None and kind_of(event) != death.kind):
+            return
+        number, self._number = self._number, self._number + 1
+        if death.torn_at is not None and number == death.number:
+            _limit_writes(death.torn_at)
+        elif death.number <= number < death.number + death.times:
+            os.kill(os.getppid() if death.launcher else os.getpid(), death.signal)
 
 
 def _limit_writes(size: int) -> None:
@@ -231,16 +298,16 @@ def _count_events(count: _Counter) -> None:
 
 
 def draw(events: list[str], kind: str, generator: random.Random) -> Death:
-    """A death at an event of a kind."""
-    places = [number for number, event in enumerate(events) if kind_of(event) == kind]
-    number = generator.choice(places)
+    """A death at an event of a kind, by the events of a run that lived; in two of five a torn write."""
+    number = generator.randrange(sum(kind_of(event) == kind for event in events))
     if kind in COMPUTED or generator.random() < 0.6:
-        return Death(number)
-    return Death(number, torn_at=generator.choice([16, 300, 2000]))
+        return Death(number, kind)
+    return Death(number, kind, torn_at=generator.choice([16, 300, 2000]))
 
 
 # What is measured, or what a resume has had to do again.
-_TIMES = ("runtime", "seconds", "per_second", "peak_memory", "reference_", "sft/")
+_TIMES = ("runtime", "seconds", "per_second", "peak_memory", "reference_")
+_WITH_TIMES = ("metrics.jsonl", "summary.json", "figures.json", "train.samples.jsonl.meta")
 
 
 def left(folder: Path) -> dict[str, Any]:
@@ -258,10 +325,10 @@ def left(folder: Path) -> dict[str, Any]:
     texts = {}
     for path in sorted(p for p in at.rglob("*") if p.suffix in (".jsonl", ".yaml", ".json")):
         inside = path.relative_to(at)
-        if inside.parts[0] not in ("checkpoints", "sft", "model", "plots") and inside.name != "summary.json":
+        if inside.parts[0] not in ("checkpoints", "model") and inside.name not in _WITH_TIMES:
             texts[str(inside)] = path.read_text(encoding="utf-8").replace(str(folder), "")
-    for name in ("metrics.jsonl",):
-        texts[name] = [_timeless(line) for line in read_lines(at / name)]
+    for path in sorted(at.rglob("metrics.jsonl")):
+        texts[str(path.relative_to(at))] = [_timeless(line) for line in read_lines(path)]
     summary = _timeless(json.loads((at / "summary.json").read_text()))
     summary.pop("recipe")
     checkpoints = sorted(path.name for path in (at / "checkpoints").iterdir())
@@ -313,3 +380,18 @@ def differences(first: Any, second: Any, at: str = "") -> list[str]:
         pairs = enumerate(zip(first, second, strict=True))
         return [line for i, (a, b) in pairs for line in differences(a, b, f"{at}/{i}")]
     return [] if first == second else [f"{at}: {str(first)[:200]} and {str(second)[:200]}"]
+
+
+class _Nobody:
+    """Takes what is told."""
+
+    def send(self, told: Any) -> None:
+        return
+
+
+if __name__ == "__main__":
+    own_folder, own_death, *own_arguments = sys.argv[1:]
+    _force_files()
+    if (fields := json.loads(own_death)) is not None and os.environ["RANK"] == "1":
+        _count_events(_Counter(_Nobody(), Death(**fields), own_folder))
+    _obey(own_arguments)

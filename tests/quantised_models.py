@@ -26,9 +26,12 @@ def saved(folder: Path, family: str = "llama", **changes: Any) -> Path:
     return path
 
 
-def quantised(path: Path, bits: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def quantised(
+    path: Path, bits: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> PreTrainedModel:
     """It, with the weights of its layers in 4 or 8 bits."""
-    return load_model(path, dtype, quantization=quantization_config(bits, dtype))
+    config = quantization_config(bits, dtype)
+    return load_model(path, dtype, quantization=config, device=torch.device(device))
 
 
 def adapted(model: PreTrainedModel, seed: int = 0, rank: int = 4) -> PeftModel:

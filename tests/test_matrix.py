@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import make_model
 from peft import IA3Config, PeftModel, get_peft_model
-from quantised_models import SIZES, adapted, quantised, saved
+from quantised_models import adapted, quantised, saved
 from test_trainer import first_rows, make_dataset, make_trainer, step_gradients
 from torch import Tensor, nn
 
 from dpo_kit import matrix
 from dpo_kit.errors import InputError
 from dpo_kit.matrix import Combination, check_combination, combinations
-from dpo_kit.reference import LiveReference, NoReference
+from dpo_kit.models import load_model
+from dpo_kit.reference import AdapterOffReference, LiveReference, NoReference
 from dpo_kit.trainer import PreferenceTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
@@ -36,20 +37,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def start_of(training: str, base: Path) -> nn.Module:
-    """The policy before its first step; an adapter that was trained a little already, where there is one."""
-    if training == "full":
-        return make_model("llama", **SIZES)
+def start_of(training: str, device: str, base: Path) -> nn.Module:
+    """The policy before its first step."""
     bits = training.rpartition("_")[2]
-    body = quantised(base, bits) if bits in ("4bit", "8bit") else make_model("llama", **SIZES)
-    if training != "adapter":
-        return adapted(body)
-    config = IA3Config(task_type="CAUSAL_LM", target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])
-    return get_peft_model(body, config)
+    is_quantised = bits in ("4bit", "8bit")
+    body = quantised(base, bits, device=device) if is_quantised else load_model(base).to(device)
+    if training == "full":
+        return body
+    if training == "adapter":
+        targets = {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+        return get_peft_model(body, IA3Config(task_type="CAUSAL_LM", **targets))
+    return adapted(body)
 
 
 def trainer_for(folder: Path, asked: Combination, base: Path) -> PreferenceTrainer:
-    policy = copy.deepcopy(start_of(asked.training, base))
+    policy = copy.deepcopy(start_of(asked.training, asked.device, base))
     settings: dict[str, Any] = {"reference_mode": asked.reference, "layout": asked.layout}
     if asked.reference == "moving":
         settings |= {"reference_update_every": 2, "reference_update_weight": 1.0}
@@ -97,11 +99,12 @@ def plain_loss(policy: nn.Module, reference: nn.Module | None, rows: list[dict[s
 
 
 @functools.cache
-def losses_of(training: str, needs_reference: bool, base: Path, folder: Path) -> list[float]:
+def losses_of(training: str, needs_reference: bool, device: str, base: Path) -> list[float]:
     """Of each step, with a second model as the reference and the sequences apart."""
     reference = "live" if needs_reference else "none"
-    trainer = trainer_for(folder, Combination(training, reference, "padded", "cpu"), base)
-    return trained(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Combination(training, reference, "padded", device)
+        return trained(trainer_for(Path(folder), asked, base))
 
 
 def trained(trainer: PreferenceTrainer) -> list[float]:
@@ -113,12 +116,13 @@ def check_against_the_definition(trainer: PreferenceTrainer, start: nn.Module) -
     """Loss and gradient of a step of the policy that has moved away from its start."""
     rows = first_rows(DATA, PAIRS)
     loss, gradients = step_gradients(trainer, trainer.data_collator(rows))
-    reference = trainer.reference.model or start
+    has_reference = not isinstance(trainer.reference, NoReference)
+    reference = (trainer.reference.model or start) if has_reference else None
     trainer.model.zero_grad()
-    expected = plain_loss(trainer.model, None if isinstance(trainer.reference, NoReference) else reference, rows)
+    expected = plain_loss(trainer.model, reference, rows)
     expected.backward()
     plain = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert gradients.keys() == plain.keys()
     largest = max(float(g.abs().max()) for g in plain.values())
     assert largest > 1e-3
@@ -126,22 +130,19 @@ def check_against_the_definition(trainer: PreferenceTrainer, start: nn.Module) -
         torch.testing.assert_close(gradients[name], gradient, rtol=2e-4, atol=2e-5 * largest, msg=name)
 
 
-ALL = [
-    pytest.param(
-        each,
-        id=str(each),
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-        if each.device == "cuda"
-        else [],
-    )
-    for each in combinations()
-]
+def marks_of(asked: Combination) -> list[pytest.MarkDecorator]:
+    if asked.device == "cuda":
+        return [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+    # Half a minute is enough for ordinary tests.
+    rare = asked.reference in ("adapter", "moving") and asked.layout == "padded" and asked.training != "full"
+    return [pytest.mark.slow] if rare else []
+
+
+ALL = [pytest.param(each, id=str(each), marks=marks_of(each)) for each in combinations()]
 
 
 @pytest.mark.parametrize("asked", ALL)
-def test_a_combination_trains_as_the_definition_says(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, base: Path, asked: Combination
-) -> None:
+def test_a_combination_trains_as_the_definition_says(tmp_path: Path, base: Path, asked: Combination) -> None:
     trainer = trainer_for(tmp_path, asked, base)
     assert (matrix.training_of(trainer.model), matrix.reference_of(trainer.reference)) == (
         asked.training,
@@ -156,6 +157,31 @@ def test_a_combination_trains_as_the_definition_says(
         assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
     if asked.reference != "moving":
         # Whatever the reference is kept in, and however the sequences lie.
-        same = losses_of(asked.training, asked.reference != "none", base, tmp_path_factory.mktemp("same"))
+        same = losses_of(asked.training, asked.reference != "none", asked.device, base)
         assert losses == pytest.approx(same, rel=1e-4)
-    check_against_the_definition(trainer, start_of(asked.training, base).to(trainer.args.device))
+    check_against_the_definition(trainer, start_of(asked.training, asked.device, base))
+
+
+def test_what_is_not_in_it_is_refused_with_the_reason(tmp_path: Path, base: Path) -> None:
+    whole = load_model(base)
+    with pytest.raises(InputError, match="no adapter"):
+        make_trainer(tmp_path, model=whole, reference_mode="adapter_off")
+    ia3 = get_peft_model(quantised(base, "4bit"), IA3Config(task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match="'adapter_4bit' was not tested") as caught:
+        make_trainer(tmp_path, model=ia3)
+    assert "lora_4bit" in str(caught.value)
+    lora, live = copy.deepcopy(start_of("lora_8bit", "cpu", base)), LiveReference(whole, is_policy=False)
+    check_combination(lora, live, "tree", "cpu")
+    with pytest.raises(InputError, match="device 'mps' was not tested"):
+        check_combination(lora, live, "tree", "mps")
+    with pytest.raises(InputError, match="not cut into shards"):
+        check_combination(lora, live, "tree", "cuda", sharded=True)
+    check_combination(copy.deepcopy(start_of("lora", "cpu", base)), live, "tree", "cuda", sharded=True)
+    with pytest.raises(InputError, match="no adapter"):
+        check_combination(whole, AdapterOffReference(lora, is_policy=True), "tree", "cpu")
+
+
+def test_the_page_has_the_matrix() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "matrix.md").read_text(encoding="utf-8")
+    assert matrix.markdown() in page
+    assert len(combinations()) == page.count("| yes") * len(matrix.LAYOUTS) * len(matrix.DEVICES)

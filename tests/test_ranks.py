@@ -23,11 +23,12 @@ from dpo_kit.reference import ReferenceCache
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
 
-# With these budgets the ranks cut their share of a step into different numbers of micro-batches.
+# With these budgets the ranks cut their share of a step into different numbers of micro-batches; with 130,
+# one of them has a single one where the other has two.
 CASES = {
     "dpo": {},
     "kto": {"loss": "kto"},
-    "aot": {"loss": "aot", "tokens_per_micro_batch": 120},
+    "aot": {"loss": "aot", "tokens_per_micro_batch": 130},
     "beta_dpo": {"loss": "beta_dpo", "reference_mode": "live"},
     "bco_pair": {"loss": "bco_pair"},
     "tdpo2": {"loss": "tdpo2"},
@@ -35,8 +36,8 @@ CASES = {
     "moving": {"reference_mode": "moving", "reference_update_every": 2},
     "grouped": {"group_by_prompt": True, "reference_mode": "live"},
     # With it DDP settles its buckets in the second step, by collectives of its own.
-    "checkpointed": {"loss": "aot", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
-    "checkpointed_kto": {"loss": "kto", "gradient_checkpointing": True, "tokens_per_micro_batch": 120},
+    "checkpointed": {"loss": "aot", "gradient_checkpointing": True, "tokens_per_micro_batch": 130},
+    "checkpointed_kto": {"loss": "kto", "gradient_checkpointing": True, "tokens_per_micro_batch": 130},
 }
 # Two epochs of steps of 8, the last of which has 5 pairs, or one: then one of the ranks has none.
 EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "reference_mode": "live"}
@@ -160,7 +161,7 @@ def test_two_ranks_train_as_one_process(ranks, alone, name):
     (first, weights), (second, others) = (left(ranks / name, rank) for rank in (0, 1))
     shares = list(zip(first["sources"], second["sources"], strict=True))
     assert [sorted(a + b) for a, b in shares] == [sorted(step) for step in one["sources"]]
-    assert first["micro_batches"] != second["micro_batches"]
+    assert name in UNEVEN or first["micro_batches"] != second["micro_batches"]
 
     torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
     assert all(torch.equal(weights[n], others[n]) for n in weights)

@@ -66,7 +66,7 @@ def writer() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["objectives", "formats"])
+@pytest.mark.parametrize("name", ["objectives", "formats", "matrix"])
 def test_the_tables_of_registries_are_todays(name: str) -> None:
     docs = writer()
     page, markdown = docs.TABLES[name]

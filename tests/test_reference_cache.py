@@ -1,5 +1,6 @@
 """The cached reference: values equal to a live reference's, and exactly what is missing is computed."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -19,6 +20,7 @@ from dpo_kit.examples import PairTokens, ScoredReplies
 from dpo_kit.fingerprint import digest_weights, model_key
 from dpo_kit.packing import pack_tree, plan_step
 from dpo_kit.reference import LiveReference, ReferenceCache, make_reference
+from dpo_kit.reference import cached as cached_reference
 from dpo_kit.reference.shards import Shard
 from dpo_kit.reference.store import ModelStore
 from dpo_kit.scoring import sequence_logprobs
@@ -259,17 +261,34 @@ def test_ranks_share_the_work_and_see_each_others(tmp_path):
         assert all(len(reference.logprobs(batch).sequences) for batch in plan(pairs))
 
 
-def test_a_fill_that_is_interrupted_keeps_what_it_has_done(tmp_path):
-    model, pairs, done = make_model("llama"), make_pairs(24), []
+def test_a_fill_that_is_interrupted_goes_on_with_the_micro_batches_that_were_left(tmp_path, monkeypatch):
+    """Else sums in other shapes would come out otherwise in the last bits."""
+    model, pairs = make_model("llama"), make_pairs(24)
+    monkeypatch.setattr(cached_reference, "_TOGETHER", 8)
 
-    def interrupted(count):
-        done.append(count)
-        if len(done) == 3:
-            raise KeyboardInterrupt
+    def filled(folder, stop_after=None):
+        batches, done = [], []
 
-    with pytest.raises(KeyboardInterrupt):
-        fill(cached(model, tmp_path), pairs, progress=interrupted)
-    assert fill(cached(model, tmp_path), pairs) == sequences_in(pairs) - sum(done)
+        def counted(count):
+            done.append(count)
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+
+        def planned(examples):
+            batches.extend(found := plan_step(examples, 60, with_keys=True))
+            return found
+
+        reference = cached(model, folder)
+        with pytest.raises(KeyboardInterrupt) if stop_after else contextlib.nullcontext():
+            fill(reference, pairs, plan=planned, progress=counted)
+        return [batch.keys.numpy().tobytes() for batch in batches], done
+
+    whole, counts = filled(tmp_path / "whole")
+    filled(tmp_path / "again", stop_after=len(whole) // 2)
+    rest, left = filled(tmp_path / "again")
+    assert 0 < len(rest) < len(whole)
+    assert rest == whole[-len(rest) :]
+    assert left == counts[-len(rest) :]
 
 
 def test_settle_is_called_with_the_model_that_scores(tmp_path):

@@ -42,6 +42,10 @@ CASES = {
     "clipped": CUT | {"max_grad_norm": 0.1},
     "each_batch": CUT | {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
     "live": CUT | LIVE,
+    # Its log-probs are computed by the policy in shards, before the first step; the ranks' shares are uneven.
+    "cached": CUT | {"own": True},
+    "moving": CUT | {"own": True, "reference_mode": "moving", "reference_update_every": 2},
+    "lora_cached": CUT | LORA | {"own": True},
     "lora": CUT | LORA,
     "lora_off": CUT | LORA | {"own": True, "loss": "tdpo2", "reference_mode": "adapter_off"},
 }
@@ -113,6 +117,7 @@ def run_case(name, folder, **settings):
         "before": before,
         "micro_batches": micro_batches,
         "reductions": reductions,
+        "computed": trainer.filled.computed,
         "evaluation": trainer.evaluate(),
         "logs": trainer.state.log_history,
     }
@@ -215,6 +220,17 @@ def test_gradients_can_stay_in_shards_between_micro_batches(sharded):
     seen = [left(sharded / "each_batch", rank)[0] for rank in (0, 1)]
     most = [max(pair) for pair in zip(*(one["micro_batches"] for one in seen), strict=True)]
     assert seen[0]["reductions"] == [3 * count for count in most]
+
+
+def test_ranks_share_the_filling_by_a_policy_in_shards(sharded, alone):
+    for name in ("cached", "lora_cached"):
+        once, *shares = (
+            left(folder / name, rank)[0]["computed"]
+            for folder, rank in ((alone, 0), (sharded, 0), (sharded, 1))
+        )
+        # The adapter is fresh: its start is known from the run without one.
+        assert (min(shares) > 0) == (name == "cached")
+        assert sum(shares) == once
 
 
 def config(tmp_path, **settings):

@@ -10,7 +10,8 @@ from pair_files import write
 
 from dpo_kit.tokenizer import train_byte_level_bpe
 
-WORDS = "the film was good and other bad actors never moved a single long scene of this quiet story".split()
+_TEXT = "the film was good and other bad actors never moved a single long scene of this quiet story"
+WORDS = _TEXT.split(" ")
 
 
 def text(start: int, step: int, words: int) -> str:
@@ -101,5 +102,9 @@ VARIANTS: dict[str, Any] = {
         "model": {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}},
         "loss": {"name": "beta_dpo"},
     },
-    "moving": lambda world: {"reference": {"mode": "moving", "update_every": 3}},
+    # Lines of metrics that reach over a checkpoint.
+    "moving": lambda world: {
+        "reference": {"mode": "moving", "update_every": 3},
+        "train": {"logging_steps": 3, "logging_first_step": False},
+    },
 }

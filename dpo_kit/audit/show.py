@@ -151,7 +151,7 @@ def _findings(audit: Audit) -> Group | Text:
 
 def _finding(finding: Finding) -> Padding:
     text = Text.assemble((f"{finding.severity:<8}", STYLES[finding.severity]), visible(finding.sentence))
-    text.append(f"\n{visible(finding.advice)}", "italic").append(f" [{finding.name}]", "dim")
+    text.append(f"\n{visible(finding.advice)}", "italic").append(f" [{visible(finding.name)}]", "dim")
     if finding.places:
         text.append("\n").append(_places(finding.places[:FIRST_PLACES], len(finding.places)))
     return Padding(text, (0, 0, 1, 1))
@@ -163,5 +163,5 @@ def _cost(audit: Audit) -> Table | None:
         return None
     table = _table("What training on it costs", "figure", "value")
     for label, value in rows:
-        table.add_row(label, value)
+        table.add_row(label, visible(value))
     return table

@@ -225,6 +225,12 @@ def _check(method: Method, bridge: ModuleType, recipe: Recipe, config: Preferenc
     name = method.name.upper()
     if make_objective(recipe.loss).needs_rewards:
         raise InputError(f"{name} trains no reward model", field="loss", mend="Set reward_model.loss to it.")
+    if recipe.model.adapter is not None:
+        raise InputError(
+            f"{name} trains no adapter further",
+            field="model.adapter",
+            mend="Merge it (dpo-kit merge), and train a new one on what that gives (model.lora).",
+        )
     if config.world_size > 1:
         raise InputError(f"{name} runs in one process, and there are {config.world_size}", field="ppo")
     method.check(bridge, recipe)

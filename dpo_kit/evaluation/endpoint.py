@@ -15,7 +15,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from dpo_kit.evaluation.judges import (
     prompt_text,
     reply_text,
 )
+from dpo_kit.shown_text import holds_secret
 
 SHIPPED = Path(__file__).parent / "prompts"
 _SETTINGS = {"temperature": 0.0, "max_tokens": 512}
@@ -46,6 +47,7 @@ _BARE = re.compile(rf"{_AROUND}(a|b|tie){_AROUND}", re.I)
 _THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.S)
 
 _OPENAI = "api.openai.com"
+_OF_KEYS = ("api_key", "extra_headers", "extra_query")
 # A shorter key is no secret, and its letters stand in ordinary words.
 _SHORTEST_SECRET = 8
 
@@ -93,6 +95,7 @@ class EndpointJudge(Judge):
         self.name = f"{self.url}#{model}"
         self.asked = 0
         self._template = load_template(options.prompt)
+        _check_settings(options.settings)
         settings = {**_SETTINGS, **options.settings}
         self._settings = {name: value for name, value in settings.items() if value is not None}
         self._key = _key(self.url, options.key_env)
@@ -318,6 +321,17 @@ def _check_url(url: str, field: str) -> None:
             field=field,
             mend=f"Give the key in the environment, as ${DEFAULT_KEY} or with --judge-key-env.",
         )
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what may hold a key: settings are written beside the results, and tell answers apart."""
+    for name, value in settings.items():
+        if name in _OF_KEYS or holds_secret(f"{name} {value}"):
+            raise InputError(
+                f"'{name}' may hold a key, and settings are written beside the results",
+                field="--judge-setting",
+                mend=f"Give the key in the environment, as ${DEFAULT_KEY} or with --judge-key-env.",
+            )
 
 
 def _key(url: str, key_env: str | None) -> str:

@@ -22,7 +22,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_kit.cache_folder import cache_folder
+from dpo_kit.cache_folder import ELSEWHERE, cache_folder, sweep
+from dpo_kit.disk import writing
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.pairs.options import LoadOptions
 from dpo_kit.pairs.tally import PairsReport
@@ -69,7 +70,7 @@ def kept_rows(file: Path) -> tuple[Dataset, PairsReport] | None:
         if kept["digest"] != _digest(file):
             raise ValueError("the digest is another")
         return _mapped(file, kept["absent"]), PairsReport.from_state(kept["report"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warnings.warn(
             f"{file}: the cache of rows is damaged ({error}); loading again", DpoKitWarning, stacklevel=4
         )
@@ -119,6 +120,7 @@ def _folder_for_making() -> Path:
     folder = cache_folder(None, "rows")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder, "making-*")
         return Path(tempfile.mkdtemp(prefix="making-", dir=folder))
     except OSError as error:
         raise InputError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,8 @@ def _hub_source(source: str) -> Source:
 def _hub_file(source: str, where: str) -> Source:
     """One file of a hub data set, or of a local folder that is laid out like one."""
     where, _, file = where.partition("#")
+    if os.path.isabs(file) or ".." in file.split("/"):
+        raise InputError("a file of a data set lies in it", file=source, mend="Give the file's path alone")
     if where.startswith((".", "/", "~")):
         path = os.path.join(_local(where, source), file)
         if not os.path.isfile(path):
@@ -177,9 +180,9 @@ def _local(where: str, source: str) -> str:
 def _owner_and_name(where: str, source: str) -> tuple[str, str | None]:
     """`owner/name[/config]` -> (`owner/name`, config)."""
     parts = where.split("/")
-    if len(parts) not in (2, 3) or not all(parts):
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[\w.-]+", part) for part in parts):
         raise InputError(
-            f"'{where}' is not the name of a hub data set",
+            "this is not the name of a hub data set",
             file=source,
             mend=f"Write {HUB}owner/name[/config]@split, or {HUB}./folder@split",
         )

@@ -114,7 +114,7 @@ class CachedReference:
         places = self._known.find(keys)
         if (places < 0).any():
             with self._source(batch.lengths.device) as model:
-                self._compute(model, [batch], batch.lengths.device)
+                self._compute(model, [[batch]], batch.lengths.device)
             self.reload()
             places = self._known.find(keys)
         if (places < 0).any():
@@ -166,11 +166,11 @@ class CachedReference:
         first = next(wanted, None)
         if first is None:
             return 0
-        batches = (batch for examples in chain([first], wanted) for batch in plan(examples))
+        lots = (plan(examples) for examples in chain([first], wanted))
         with self._source(device) as model:
             if settle is not None:
                 settle(model, first)
-            done = self._compute(model, batches, device, progress)
+            done = self._compute(model, lots, device, progress)
         self.reload()
         return done
 
@@ -210,11 +210,11 @@ class CachedReference:
     def _compute(
         self,
         model: nn.Module,
-        batches: Iterable[MicroBatch],
+        lots: Iterable[Iterable[MicroBatch]],
         device: torch.device,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Score micro-batches and write what comes out; how many sequences that were."""
+        """Score lots of micro-batches and write what comes out; how many sequences that were."""
         done = 0
         self.store.describe(
             name=self._name,
@@ -224,11 +224,13 @@ class CachedReference:
             **{"class": type(unwrap(model)).__name__},
         )
         with _Writer(self.store, self.kind) as writer:
-            for batch, scored in score_batches(model, batches, device, self._autocast):
-                writer.add(_shard_of(batch, scored))
-                done += batch.num_sequences
-                if progress is not None:
-                    progress(batch.num_sequences)
+            for batches in lots:
+                for batch, scored in score_batches(model, batches, device, self._autocast):
+                    writer.add(_shard_of(batch, scored))
+                    done += batch.num_sequences
+                    if progress is not None:
+                        progress(batch.num_sequences)
+                writer.end_lot()
         return done
 
     def _wanted(self, groups: Iterable[Sequence[Example]], rank: int, ranks: int) -> Iterator[list[Example]]:
@@ -288,12 +290,16 @@ def _shard_of(batch: MicroBatch, scored: SequenceLogProbs) -> Shard:
 
 
 class _Writer:
-    """Collects what is computed and writes it now and then, and what is left when the context ends."""
+    """Collects what is computed and writes it now and then, and what is left when the context ends.
+
+    Lots are written whole: what is missing after a process died is then cut into the same micro-batches as it
+    would have been, and comes out the same to the last bit, which sums in other shapes need not.
+    """
 
     def __init__(self, store: ModelStore, kind: Kind) -> None:
         self._store, self._kind = store, kind
+        self._lot: list[Shard] = []
         self._waiting: list[Shard] = []
-        self._sequences = self._numbers = 0
         self._began = self._wrote = time.monotonic()
 
     def __enter__(self) -> _Writer:
@@ -305,18 +311,20 @@ class _Writer:
             self._write()
 
     def add(self, shard: Shard) -> None:
-        """Take it in, and write where it is time."""
-        self._waiting.append(shard.of_kind(self._kind))
-        self._sequences += len(shard)
-        self._numbers += 0 if shard.logprobs is None else len(shard.logprobs)
+        """Take a part of a lot in."""
+        self._lot.append(shard.of_kind(self._kind))
+
+    def end_lot(self) -> None:
+        """Write where it is time."""
+        self._waiting, self._lot = self._waiting + self._lot, []
+        sequences = sum(map(len, self._waiting))
+        numbers = sum(0 if shard.logprobs is None else len(shard.logprobs) for shard in self._waiting)
         now = time.monotonic()
         patience = max(SHARD_SECONDS, SHARD_SHARE * (now - self._began))
-        full = self._sequences >= SHARD_SEQUENCES or self._numbers >= SHARD_NUMBERS
-        if full or now - self._wrote >= patience:
+        if sequences >= SHARD_SEQUENCES or numbers >= SHARD_NUMBERS or now - self._wrote >= patience:
             self._write()
 
     def _write(self) -> None:
         if self._waiting:
             self._store.add(Shard.joined(self._waiting), self._kind)
-        self._waiting, self._sequences, self._numbers = [], 0, 0
-        self._wrote = time.monotonic()
+        self._waiting, self._wrote = [], time.monotonic()

@@ -90,7 +90,9 @@ class MovingReference(LiveReference):
             return False
         now = dict(unwrap(policy).named_parameters())
         for name, value in self._moving.items():
-            target = now[name].detach().to(value.device)
+            target = now[name].detach()
+            # In shards over the ranks, all of which come here.
+            target = (target.full_tensor() if hasattr(target, "full_tensor") else target).to(value.device)
             # In fp32 at least: a small share of a bf16 weight would be lost.
             exact = torch.promote_types(value.dtype, torch.float32)
             mixed = value.to(exact).lerp(target.to(exact), self._weight)

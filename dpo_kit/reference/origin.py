@@ -7,6 +7,7 @@ without its adapters, the policy as it stands, a model that was given, and last 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from dpo_kit.fingerprint import active_adapters, files_key, model_key
 from dpo_kit.models import disable_dropout, load_model, unwrap
 from dpo_kit.reference.in_memory import adapters_off
 from dpo_kit.reference.store import ReferenceCache
+
+# transformers then has empty weights on the other ranks.
+_ON_FIRST_RANK = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 @dataclass
@@ -139,13 +143,27 @@ def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
         InputError: there is no such model.
     """
     try:
-        return load_model(path, dtype)
+        with _whole_on_each_rank():
+            return load_model(path, dtype)
     except InputError as error:
         if error.field != "model.path":
             raise
         raise InputError(
             error.problem, file=error.file, line=error.line, field="reference.path", mend=error.mend
         ) from error
+
+
+@contextlib.contextmanager
+def _whole_on_each_rank() -> Iterator[None]:
+    """Within: weights are not left to rank 0 alone, as accelerate can have it for what will be sharded."""
+    before = os.environ.get(_ON_FIRST_RANK)
+    os.environ[_ON_FIRST_RANK] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(_ON_FIRST_RANK)
+        if before is not None:
+            os.environ[_ON_FIRST_RANK] = before
 
 
 def _model_folder(path: str) -> Path | None:

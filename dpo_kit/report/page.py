@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dpo_kit.disk import writing
 from dpo_kit.errors import InputError
 from dpo_kit.report.pictures import Picture, comparison_pictures, pictures
 from dpo_kit.report.run_folder import Run, read_run
