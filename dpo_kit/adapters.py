@@ -1,4 +1,4 @@
-"""Adapters of peft: which can be trained here, new ones by their fields, those in a folder, and their bases.
+"""Adapters of peft: which can be trained here, new ones by their fields, and those of a folder on a model.
 
 Loading the base model is the caller's business (`models`), and so is merging (`merging`).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_kit.adapter_folders import (
+    CONFIG_FILE,
+    REWARD_TASK,
+    WEIGHTS_FILE,
+    in_a_line,
+    read_adapter,
+    trained_quantization,
+    unusable,
+)
 from dpo_kit.errors import DpoKitWarning, InputError
-
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Kinds that were measured to be right here, with peft 0.21: token trees and padded rows give the log-probs of
 # separate sequences, training mode those of eval mode, the reference's key changes with every trained number,
@@ -45,7 +51,7 @@ _REFUSED = {
 # LoRA whose first values come of a pass over data; without it peft quietly starts from others, or fails.
 _LORA_OF_DATA = ("eva", "corda")
 # By whether a reward model is trained.
-_TASKS = {True: "SEQ_CLS", False: "CAUSAL_LM"}
+_TASKS = {True: REWARD_TASK, False: "CAUSAL_LM"}
 
 
 def new_adapter(
@@ -85,7 +91,7 @@ def new_adapter(
     try:
         config = made(**({"task_type": _TASKS[rewards]} | given))
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(_in_a_line(error), field=field) from error
+        raise InputError(in_a_line(error), field=field) from error
     check_new(config, field=field)
     return config
 
@@ -148,79 +154,17 @@ def check_one_adapter(fields: Mapping[str, Any], *, has_sft: bool) -> None:
         )
 
 
-def is_adapter(source: Any) -> bool:
-    """Whether this is a folder with an adapter, and not a model.
-
-    Raises:
-        InputError: it holds both, and what would be loaded from it is unclear.
-    """
-    folder = Path(source) if isinstance(source, (str, Path)) else None
-    if folder is None or not (folder / _CONFIG).is_file():
-        return False
-    if (folder / "config.json").is_file():
-        raise InputError(
-            "the folder holds a model and an adapter",
-            file=folder,
-            field="model.path",
-            mend=f"Move the adapter ({_CONFIG} and {_WEIGHTS}) to a folder of its own.",
-        )
-    return True
-
-
-def adapter_and_base(source: Any) -> tuple[Path | None, Any]:
-    """An adapter's folder and where its base model is; or None and the source itself, where it is no adapter.
-
-    Raises:
-        InputError: see `is_adapter` and `base_of`.
-    """
-    return (Path(source), base_of(source)) if is_adapter(source) else (None, source)
-
-
-def base_of(folder: str | Path) -> str:
-    """Where the base model of an adapter in a folder is: another folder, or a hub id.
-
-    A base that the adapter's own run made (RUN/sft/model) is looked for beside the adapter first, so that a
-    run folder can be moved. Other relative names count from the working folder, or else from the adapter's.
-
-    Raises:
-        InputError: no whole adapter, one that names no base, or a base folder that is not there.
-    """
-    folder = Path(folder)
-    fields = _fields(folder)
-    named = fields.get("base_model_name_or_path")
-    if not named:
-        raise InputError(
-            "the adapter does not say which model it belongs to",
-            file=folder / _CONFIG,
-            field="base_model_name_or_path",
-            mend="Write the folder or hub id of its base model there.",
-        )
-    named = str(named)
-    if Path(named).parts[-2:] == ("sft", "model"):
-        # RUN/model, or RUN/checkpoints/step-N.
-        for run in folder.absolute().parents[:2]:
-            if (run / "sft" / "model" / "config.json").is_file():
-                return str(run / "sft" / "model")
-    for place in (Path(named).expanduser(), folder / named):
-        if place.is_dir():
-            return str(place)
-    if named.startswith((".", "/", "~")) or named.count("/") != 1:
-        raise InputError(
-            f"its base model is not there: '{named}'",
-            file=folder / _CONFIG,
-            field="base_model_name_or_path",
-            mend="Bring the model back there, or write there where it is now.",
-        )
-    return named
-
-
-def put_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> Any:
+def put_adapter(
+    model: nn.Module, folder: str | Path, *, trainable: bool = False, as_trained: bool = False
+) -> Any:
     """A model with the adapter of a folder on it: a peft model around it, in place.
 
     Args:
         model: the base model.
         folder: with adapter_config.json and adapter_model.safetensors.
         trainable: whether the adapter's parameters are to be trained.
+        as_trained: the model has the weights that the adapter was trained on, quantised or not; without it a
+            whole model is warned of, where the recipe beside the adapter says that it was trained on another.
 
     Raises:
         InputError: no such adapter; one in a pickle; of a kind that cannot be scored here; numbers that are
@@ -228,13 +172,13 @@ def put_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False
     """
     _require_peft("model.adapter")
     folder = Path(folder)
-    _fields(folder)
+    read_adapter(folder)
     from peft import PeftConfig, PeftModel
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise _unusable(f"not a configuration of peft: {_in_a_line(error)}", folder) from error
+        raise unusable(f"not a configuration of peft: {in_a_line(error)}", folder) from error
     check_supported(config, field="model.adapter", file=folder)
     _check_finite(folder)
     with warnings.catch_warnings(record=True) as told:
@@ -242,11 +186,17 @@ def put_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False
         try:
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            raise _unusable(f"the adapter does not fit the model: {_in_a_line(error)}", folder) from error
+            raise unusable(f"the adapter does not fit the model: {in_a_line(error)}", folder) from error
     for warning in told:
         if "missing adapter keys" in str(warning.message):
-            raise _unusable(f"the adapter is not whole: {str(warning.message)[:200]}", folder)
-    if more := sorted(path.parent.name for path in folder.glob(f"*/{_CONFIG}")):
+            raise unusable(f"the adapter is not whole: {str(warning.message)[:200]}", folder)
+    if not (as_trained or _is_quantised(model)) and (bits := trained_quantization(folder)):
+        message = (
+            f"{folder}: the adapter was trained on a base in {bits}, and is put on the whole one, on which "
+        )
+        message += "its log-probs are others; dpo-kit merge gives the model that was trained"
+        warnings.warn(message, DpoKitWarning, stacklevel=3)
+    if more := sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")):
         message = (
             f"{folder}: there are more adapters in it ({', '.join(more)}), and they are left where they are"
         )
@@ -266,25 +216,12 @@ def load_adapters(model: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
     for name in model.peft_config:
-        path = (folder if name == "default" else folder / name) / _WEIGHTS
+        path = (folder if name == "default" else folder / name) / WEIGHTS_FILE
         saved = load_file(path) if path.is_file() else {}
         own = get_peft_model_state_dict(model, adapter_name=name)
         if {key: value.shape for key, value in saved.items()} != {k: v.shape for k, v in own.items()}:
             raise InputError(f"there is no adapter like '{name}' of the model", file=path, field="model")
         set_peft_model_state_dict(model, saved, adapter_name=name)
-
-
-def saves(folder: str | Path, layer: str) -> bool:
-    """Whether a folder's adapter holds its own copy of a layer of the base model, such as `score`."""
-    from safetensors import safe_open
-
-    with safe_open(Path(folder) / _WEIGHTS, "pt") as file:
-        return any(f".{layer}." in name for name in file.keys())  # noqa: SIM118
-
-
-def reads_rewards(folder: str | Path) -> bool:
-    """Whether a folder's adapter is one for a reward model."""
-    return _fields(Path(folder)).get("task_type") == _TASKS[True] or saves(folder, "score")
 
 
 def name_base(model: nn.Module) -> None:
@@ -311,6 +248,10 @@ def check_trains(model: nn.Module) -> None:
             mend="Name its folder as model.adapter, or load it with PeftModel.from_pretrained(base, folder, "
             "is_trainable=True).",
         )
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
 
 
 def _require_peft(field: str) -> None:
@@ -342,48 +283,17 @@ def _kind(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
-def _fields(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says, where the folder has a whole adapter that is no pickle."""
-    if not folder.is_dir():
-        raise _unusable("no such folder", folder)
-    if not (folder / _CONFIG).is_file():
-        raise _unusable(f"the folder has no adapter ({_CONFIG})", folder)
-    if not (folder / _WEIGHTS).is_file():
-        raise InputError(
-            f"the folder has no adapter in safetensors ({_WEIGHTS})",
-            file=folder,
-            field="model.adapter",
-            mend="Save the adapter with save_pretrained(); pickled weights (*.bin, *.pt) are never loaded.",
-        )
-    try:
-        found = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _unusable(f"{_CONFIG} cannot be read: {_in_a_line(error)}", folder) from error
-    if not isinstance(found, dict):
-        raise _unusable(f"{_CONFIG} holds no JSON object", folder)
-    return found
-
-
 def _check_finite(folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(folder / _WEIGHTS)
+        tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise _unusable(f"{_WEIGHTS} is damaged: {_in_a_line(error)}", folder) from error
+        raise unusable(f"{WEIGHTS_FILE} is damaged: {in_a_line(error)}", folder) from error
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise _unusable(f"numbers of the adapter are not finite: {name}", folder)
-
-
-def _unusable(problem: str, folder: Path) -> InputError:
-    mend = "Name a folder that save_pretrained() of a peft model, or a run, has written."
-    return InputError(problem, file=folder, field="model.adapter", mend=mend)
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+            raise unusable(f"numbers of the adapter are not finite: {name}", folder)
 
 
 def _nearest(key: str, known: Any) -> str:

@@ -58,7 +58,7 @@ _debug = False
 # Number of the signal that was to end this command; 0: none.
 _ended_by = 0
 # How long another rank waits for the first one to say what is wrong.
-_PATIENCE_S = 5.0
+_PATIENCE_S = 30.0
 
 
 @app.command()
@@ -324,6 +324,7 @@ def _fail(message: str, status: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit status."""
+    from dpo_kit.disk import refusal
     from dpo_kit.errors import DpoKitError, StoppedError
 
     warnings.showwarning = _show_warning
@@ -356,4 +357,6 @@ def main(arguments: list[str] | None = None) -> None:
     except DpoKitError as error:
         _fail(f"error: {error}", error.exit_status)
     except Exception as error:
+        if reason := refusal(error):
+            _fail(f"error: {getattr(error, 'filename', None) or 'the disk'}: {reason}", 1)
         _fail(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)", 1)

@@ -83,10 +83,9 @@ class TokenRows(Dataset):
         """Names of the columns that hold replies."""
         return [name for name in REPLIES if name in self._names]
 
-    def prompt(self, index: int) -> npt.NDArray[np.integer[Any]]:
-        """A row's prompt alone."""
-        found: npt.NDArray[np.integer[Any]] = self._read([index], ["prompt_ids"])[0]["prompt_ids"]
-        return found
+    def ids(self, index: int, names: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """All lists of ids that a row has in some columns."""
+        return _replies(self._read([index], list(names))[0])
 
     def lengths(self, names: Sequence[str]) -> tuple[IntArray, IntArray]:
         """([N], [N]) the lengths, and their squares, of all lists of ids that each row has in some columns,

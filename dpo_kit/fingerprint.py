@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from dpo_kit.adapters import base_of
+from dpo_kit.adapter_folders import base_of
 from dpo_kit.errors import InputError
 from dpo_kit.models import unwrap
 

@@ -70,6 +70,22 @@ def refused_code(error: Exception, source: Any, field: str) -> InputError | None
     )
 
 
+def refuse_kernels(config: Any, source: Any, field: str) -> None:
+    """Refuse a configuration that has transformers fetch attention code from the hub, and run it.
+
+    Raises:
+        InputError: naming the code.
+    """
+    named = str(getattr(config, "_attn_implementation", None))
+    if "/" in named:
+        raise InputError(
+            f"its config.json asks for code from the hub ({named}), which is not run",
+            file=str(source),
+            field=field,
+            mend="Take attn_implementation out of it.",
+        )
+
+
 def untrusted_base(adapter: Path) -> InputError:
     """The refusal to trust, for an adapter's sake, whatever model it names."""
     return InputError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from dpo_kit import ranks
 from dpo_kit.checkpoints import CheckpointingTrainer, Counts
 from dpo_kit.checks import check_finite, check_step_zero
 from dpo_kit.config import PreferenceConfig
@@ -345,8 +346,11 @@ class TrainingLoop(CheckpointingTrainer):
         self._logged_at += time.perf_counter() - started
 
     def cost(self) -> dict[str, float]:
-        """What training took so far: seconds, and tokens through the policy, forward and backward."""
-        return {"seconds": self.train_seconds, "tokens": self._counts.tokens * self.args.world_size}
+        """What training took so far: seconds, and all ranks' tokens through the policy, forward and backward.
+
+        On all ranks together.
+        """
+        return {"seconds": self.train_seconds, "tokens": sum(ranks.gather(self._counts.tokens))}
 
     @property
     def pairs_seen(self) -> int:
@@ -355,8 +359,8 @@ class TrainingLoop(CheckpointingTrainer):
 
     @property
     def tokens_saved_share(self) -> float:
-        """Share of the tokens of separate sequences that the tree did not have to compute."""
-        return self._counts.saved_share
+        """Share of the tokens of separate sequences that the tree did not compute; on all ranks together."""
+        return self._counts.over_ranks().saved_share
 
     def evaluation_loop(
         self,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_kit.adapters import base_of, is_adapter, put_adapter, reads_rewards, saves
+from dpo_kit.adapter_folders import base_of, is_adapter, reads_rewards, run_recipe_of, saves
+from dpo_kit.adapters import put_adapter
 from dpo_kit.errors import DpoKitError, InputError
 from dpo_kit.examples import example_of
 from dpo_kit.measurement import Say
@@ -100,7 +101,7 @@ def merge_adapter(
     model, quantised = _load_base(adapter, base, kept, say)
     sequences = _random_sequences(model) + _data_sequences(data, tokenizer)
     bare = _logits(model, sequences)
-    adapted = put_adapter(model, adapter)
+    adapted = put_adapter(model, adapter, as_trained=True)
     before = _logits(adapted, sequences)
     merged = _merge(adapted, adapter)
     effect = _difference(bare, before)
@@ -162,11 +163,9 @@ def _set_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 def _trained_on(adapter: Path) -> tuple[dict[str, Any], torch.dtype]:
     """How the run that trained an adapter loaded its base, by the recipe beside it; else as it is saved."""
-    # RUN/model, or RUN/checkpoints/step-N.
-    for run in adapter.absolute().parents[:2]:
-        if (run / "recipe.yaml").is_file():
-            recipe = Recipe.load(run / "recipe.yaml")
-            return recipe.loading_options(), getattr(torch, recipe.model.dtype)
+    if (path := run_recipe_of(adapter)) is not None:
+        recipe = Recipe.load(path)
+        return recipe.loading_options(), getattr(torch, recipe.model.dtype)
     return {}, torch.float32
 
 

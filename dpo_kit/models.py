@@ -23,10 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dpo_kit.adapters import adapter_and_base, put_adapter, saves
+from dpo_kit.adapter_folders import adapter_and_base, saves
+from dpo_kit.adapters import put_adapter
 from dpo_kit.attention import TREE_ATTENTION
 from dpo_kit.errors import InputError
-from dpo_kit.foreign_code import refused_code, tell_of_code, untrusted_base
+from dpo_kit.foreign_code import refuse_kernels, refused_code, tell_of_code, untrusted_base
 from dpo_kit.quantised import check_whole
 from dpo_kit.weights import random_weights, refuse_lacking, refuse_quantised_random, saved_weights
 
@@ -138,10 +139,12 @@ def load_config(source: str | Path | dict[str, Any], *, trust_remote_code: bool 
     try:
         if trust_remote_code:
             tell_of_code(source, PretrainedConfig.get_config_dict(source)[0])
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         refused = refused_code(error, source, "model.path")
         raise refused or InputError(_first_line(error), file=source, field="model.path") from error
+    refuse_kernels(config, source, "model.path")
+    return config
 
 
 def _taken_apart(source: Any, trust_remote_code: bool) -> tuple[Path | None, Any]:

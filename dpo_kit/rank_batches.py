@@ -5,10 +5,10 @@ would, and yields those that fall to this rank. Every rank does the same sums on
 has to tell another. Ranks may have different numbers of rows, or none: a step's loss is a mean over all of
 them (`loop`). What a rank then does with its rows is planned in `packing`.
 
-Work is counted in tokens of the body: a prompt once for all its rows that one rank has, every token of their
-replies, what the head does for those, and attention. How much that is worth depends on the model (`Costs`):
-attention is quadratic in a sequence, but its share of a token's work is only the number of tokens it sees
-over six times the hidden size: 1% for 250 tokens and a hidden size of 4096, a third for 8192 tokens.
+Work is counted in tokens of the body: a prompt once for all its rows that one rank has, and so each of the
+replies to it; what the head does for replies; and attention. How much the last two are worth depends on the
+model (`Costs`): attention is quadratic in a sequence, but its share of a token's work is only the number of
+tokens it sees over six times the hidden size: 1% for 250 tokens and a hidden size of 4096, a third for 8192.
 """
 
 from __future__ import annotations
@@ -38,6 +38,31 @@ _UNIT = 1024
 _GOOD = 1.02
 # A forward pass alone, to one with its backward pass.
 _FORWARD = 1 / 3
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What the rows of a step are made of; a piece that several rows of one unit have is computed once.
+
+    Attributes:
+        groups: [n] number of each row's prompt, from 0.
+        rows: [k] the row that each piece belongs to.
+        keys: [k] number of what it is: a prompt, a reply.
+        work: [k] of it.
+    """
+
+    groups: IntArray
+    rows: IntArray
+    keys: IntArray
+    work: IntArray
+
+    def sizes(self, units: IntArray) -> IntArray:
+        """[units] work of each, by the unit of each row."""
+        owners = units[self.rows]
+        _, first = np.unique(owners * (self.keys.max() + 1) + self.keys, return_index=True)
+        sizes = np.zeros(int(units.max()) + 1, np.int64)
+        np.add.at(sizes, owners[first], self.work[first])
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -81,24 +106,47 @@ class RowWork:
     """
 
     def __init__(self, rows: TokenRows, costs: Costs, *, with_rejected: bool = True) -> None:
-        self._rows = rows
-        names = [name for name in rows.replies if with_rejected or name != "rejected_ids"]
-        (tokens, squares), (replies, reply_squares) = rows.lengths(["prompt_ids"]), rows.lengths(names)
-        self._tokens = tokens
-        prompts = tokens + costs.seen * squares / 2
-        work = (1 + costs.reply) * replies + costs.seen * (tokens * replies + reply_squares / 2)
+        self._rows, self._costs = rows, costs
+        self._names = [name for name in rows.replies if with_rejected or name != "rejected_ids"]
+        (self._tokens, squares), sums = rows.lengths(["prompt_ids"]), rows.lengths(self._names)
+        prompts = self._tokens + costs.seen * squares / 2
+        work = self._of_replies(self._tokens, *sums)
         if rows.partners is not None:
             work += _FORWARD * (prompts + work[rows.partners])
         self.prompts, self.replies = (np.rint(_UNIT * each).astype(np.int64) for each in (prompts, work))
 
-    def groups(self, rows: IntArray) -> IntArray:
+    def _of_replies(self, prompts: Any, tokens: Any, squares: Any) -> Any:
+        """By the tokens of the prompt and of the replies, and these squared."""
+        return (1 + self._costs.reply) * tokens + self._costs.seen * (prompts * tokens + squares / 2)
+
+    def pieces(self, rows: IntArray) -> Pieces:
+        """What some rows are made of. Replies are told apart among those to one prompt alone."""
+        groups = self._groups(rows)
+        alone = np.bincount(groups)[groups] == 1
+        found: list[tuple[int, Any, int]] = []
+        for place, (row, group) in enumerate(zip(rows.tolist(), groups.tolist(), strict=True)):
+            rest = int(self.replies[row])
+            if not alone[place]:
+                for reply in self._rows.ids(row, self._names):
+                    work = self._of_replies(int(self._tokens[row]), len(reply), len(reply) ** 2)
+                    found.append((place, (group, reply.tobytes()), round(_UNIT * work)))
+                    rest -= found[-1][2]
+                found.append((place, ("row", row), max(rest, 0)))
+                rest = 0
+            found.append((place, ("prompt", group), int(self.prompts[row]) + rest))
+        owners, keys, works = zip(*found, strict=True)
+        numbers: dict[Any, int] = {}
+        each = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return Pieces(groups, np.array(owners), np.array(each), np.array(works))
+
+    def _groups(self, rows: IntArray) -> IntArray:
         """[n] for each of some rows a number that those with the same prompt share."""
         lengths = self._tokens[rows].tolist()
         counts = Counter(lengths)
         numbers: dict[Any, int] = {}
         # A prompt is read only where another one is as long.
         keys = [
-            self._rows.prompt(row).tobytes() if counts[length] > 1 else length
+            self._rows.ids(row, ["prompt_ids"])[0].tobytes() if counts[length] > 1 else length
             for row, length in zip(rows.tolist(), lengths, strict=True)
         ]
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
@@ -141,8 +189,7 @@ class RankBatches(BatchSampler):
             share = self.batch_size // self._ranks
             return rows[self._rank * share : (self._rank + 1) * share]
         step = np.asarray(rows)
-        work = self._work
-        ranks = deal_to_ranks(work.prompts[step], work.replies[step], work.groups(step), self._ranks)
+        ranks = deal_to_ranks(self._work.pieces(step), self._ranks)
         return step[ranks == self._rank].tolist()
 
 
@@ -156,7 +203,8 @@ def agreed_sampler(sampler: Any, seed: int, ranks: int, *, seedable: bool) -> An
         seedable: whether it is not to do so where accelerate knows how.
     """
     if isinstance(sampler, RandomSampler) and (seedable or ranks > 1):
-        return SeedableRandomSampler(sampler.data_source, data_seed=seed)
+        kept = {"replacement": sampler.replacement, "num_samples": sampler._num_samples}
+        return SeedableRandomSampler(sampler.data_source, **kept, generator=sampler.generator, data_seed=seed)
     if ranks > 1 and getattr(sampler, "generator", 0) is None:
         sampler.generator = torch.Generator().manual_seed(seed)
     return sampler
@@ -192,54 +240,38 @@ def step_loader(
     )
 
 
-def deal_to_ranks(prompts: IntArray, replies: IntArray, groups: IntArray, ranks: int) -> IntArray:
-    """The rank of each row of a step, such that the longest rank is short.
+def deal_to_ranks(pieces: Pieces, ranks: int) -> IntArray:
+    """[n] the rank of each row of a step, such that the longest rank is short.
 
     The longest unit goes to the rank with the least work, then the next one (LPT: Graham, 1969, SIAM J. Appl.
     Math. 17). A unit is at first all rows of one prompt. Where that leaves the ranks uneven, large units are
-    cut in more and more parts, each of which computes the prompt again; the cut whose longest rank is the
-    shortest is taken.
-
-    Args:
-        prompts: [n] work of each row's prompt.
-        replies: [n] and of its replies.
-        groups: [n] number of its prompt, from 0.
-        ranks: how many.
+    cut in more and more parts, each of which computes what they share again; the cut whose longest rank is
+    the shortest is taken.
     """
-    even = _sizes(prompts, replies, groups).sum() / ranks
-    good = _GOOD * max(even, (prompts + replies).max())
-    best, shortest, largest = groups, math.inf, math.inf
+    even = pieces.sizes(pieces.groups).sum() / ranks
+    good = _GOOD * max(even, pieces.sizes(np.arange(len(pieces.groups))).max())
+    best, shortest, largest = pieces.groups, math.inf, math.inf
     while True:
-        units = _units(prompts, replies, groups, largest)
-        sizes = _sizes(prompts, replies, units)
+        units = _units(pieces, largest)
+        sizes = pieces.sizes(units)
         owners = _longest_first(sizes.tolist(), ranks)
-        longest = np.bincount(owners, weights=sizes, minlength=ranks).max()
+        longest = pieces.sizes(owners[units]).max()
         if longest < shortest:
             best, shortest = owners[units], longest
-        if shortest <= good or len(sizes) == len(groups):
+        if shortest <= good or len(sizes) == len(units):
             return best
         largest = min(even, largest / 2)
 
 
-def _units(prompts: IntArray, replies: IntArray, groups: IntArray, largest: float) -> IntArray:
+def _units(pieces: Pieces, largest: float) -> IntArray:
     """[n] number of each row's unit: a group, or one of as many equal parts as bring it below a size."""
+    groups = pieces.groups
     counts = np.bincount(groups)
-    sizes = _sizes(prompts, replies, groups)
-    parts = np.minimum(np.ceil(sizes / largest).clip(1), counts).astype(np.int64)
+    parts = np.minimum(np.ceil(pieces.sizes(groups) / largest).clip(1), counts).astype(np.int64)
     order = groups.argsort(kind="stable")
     within = np.empty_like(groups)
     within[order] = np.arange(len(groups)) - (counts.cumsum() - counts)[groups[order]]
     return (parts.cumsum() - parts)[groups] + within * parts[groups] // counts[groups]
-
-
-def _sizes(prompts: IntArray, replies: IntArray, units: IntArray) -> IntArray:
-    """[units] work of each: one prompt and all replies."""
-    count = int(units.max()) + 1
-    sizes = np.zeros(count, np.int64)
-    np.add.at(sizes, units, replies)
-    first = np.zeros(count, np.int64)
-    first[units] = prompts
-    return sizes + first
 
 
 def _longest_first(sizes: list[int], ranks: int) -> IntArray:

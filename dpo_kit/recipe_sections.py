@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator
 
-from dpo_kit.adapters import base_of, check_one_adapter
+from dpo_kit.adapter_folders import base_of
+from dpo_kit.adapters import check_one_adapter
 from dpo_kit.pairs import LoadOptions
 from dpo_kit.tokenizer import has_tokenizer
 

@@ -15,7 +15,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_kit import ranks
-from dpo_kit.adapters import new_adapter, put_adapter, saves
+from dpo_kit.adapter_folders import saves
+from dpo_kit.adapters import new_adapter, put_adapter
 from dpo_kit.checkpoints import newest_checkpoint
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
@@ -222,7 +223,7 @@ def fill_cache(recipe: Recipe, *, say: Say = print) -> dict[str, Any]:
     """Compute what the cached reference of a recipe lacks; nothing is trained. Ranks share the work.
 
     Returns:
-        reference_computed, the sequences that this process computed, and reference_runtime, seconds.
+        reference_computed, the sequences that all ranks computed, and reference_runtime, seconds.
 
     Raises:
         InputError: data, model and recipe do not fit together, or the recipe's reference is not cached.
@@ -287,7 +288,7 @@ def _cost(trainer: PreferenceTrainer) -> dict[str, float]:
     """Seconds of training so far, and tokens through the policy or, before and beside it, the reference."""
     cost = trainer.cost()
     if isinstance(trainer.reference, CachedReference):
-        return cost | {"tokens": cost["tokens"] + trainer.filled.tokens}
+        return cost | {"tokens": cost["tokens"] + sum(ranks.gather(trainer.filled.tokens))}
     forwards = 1 if isinstance(trainer.reference, NoReference) else 2
     return cost | {"tokens": cost["tokens"] * forwards}
 
@@ -297,11 +298,12 @@ def _fill(trainer: PreferenceTrainer, say: Say) -> dict[str, Any]:
         return {}
     trainer.fill_reference()
     filled = trainer.filled
-    say(f"reference: {filled.computed} sequences computed in {filled.seconds:.1f} s, the others were known")
+    computed, tokens = (sum(ranks.gather(count)) for count in (filled.computed, filled.tokens))
+    say(f"reference: {computed} sequences computed in {filled.seconds:.1f} s, the others were known")
     return {
-        "reference_computed": filled.computed,
+        "reference_computed": computed,
         "reference_runtime": filled.seconds,
-        "reference_tokens": filled.tokens,
+        "reference_tokens": tokens,
     }
 
 

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_kit import ranks
-from dpo_kit.adapters import is_adapter
+from dpo_kit.adapter_folders import is_adapter
 from dpo_kit.encoding import opening_of, require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.models import check_length, embedded_tokens, load_config, load_model

@@ -42,7 +42,7 @@ def check_wrappers(args: TrainingArguments) -> None:
     """
     if args.deepspeed or _says_yes("ACCELERATE_USE_DEEPSPEED"):
         raise InputError(
-            "DeepSpeed is not supported: it averages gradients after every micro-batch by rules of its own",
+            "DeepSpeed is not supported: it makes an optimiser step of each micro-batch, and not of all together",
             field="train.deepspeed",
             mend="Shard with FSDP2, which has all that ZeRO-3 has: train.fsdp: true, or an accelerate "
             "configuration with distributed_type FSDP and fsdp_version 2.",

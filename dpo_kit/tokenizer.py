@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from dpo_kit.adapters import base_of, is_adapter
+from dpo_kit.adapter_folders import base_of, is_adapter
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.foreign_code import refused_code, tell_of_code
 

@@ -302,7 +302,7 @@ def draw(events: list[str], kind: str, generator: random.Random) -> Death:
     number = generator.randrange(sum(kind_of(event) == kind for event in events))
     if kind in COMPUTED or generator.random() < 0.6:
         return Death(number, kind)
-    return Death(number, kind, torn_at=generator.choice([16, 300, 2000]))
+    return Death(number, kind, torn_at=generator.choice([16, 300]))
 
 
 # What is measured, or what a resume has had to do again.
@@ -331,6 +331,8 @@ def left(folder: Path) -> dict[str, Any]:
         texts[str(path.relative_to(at))] = [_timeless(line) for line in read_lines(path)]
     summary = _timeless(json.loads((at / "summary.json").read_text()))
     summary.pop("recipe")
+    # Its sum is of fp32 from one logged line to the next, or to a checkpoint.
+    summary["train_loss"] = float(f"{summary['train_loss']:.6g}")
     checkpoints = sorted(path.name for path in (at / "checkpoints").iterdir())
     return {
         "weights": weights,

@@ -13,8 +13,9 @@ from test_adapters import same, trained
 from tiny_runs import text
 
 from dpo_kit import cli
-from dpo_kit.adapters import base_of, put_adapter
-from dpo_kit.errors import InputError
+from dpo_kit.adapter_folders import base_of
+from dpo_kit.adapters import put_adapter
+from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.models import load_model
 from dpo_kit.recipe import Recipe
 from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
@@ -203,6 +204,14 @@ def test_where_an_adapter_cannot_be_trained_further_it_is_refused(world, tmp_pat
     assert run("train", path, *without, f"sft={{corpus: [{world}/pairs.jsonl]}}") == 2
     assert "an adapter is no model for SFT" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_a_quantised_base_is_warned_of_on_the_whole_one(world, tmp_path):
+    shutil.copytree(world / "run" / "model", tmp_path / "run" / "model")
+    content = (world / "run" / "recipe.yaml").read_text().replace("quantization: null", "quantization: 4bit")
+    (tmp_path / "run" / "recipe.yaml").write_text(content)
+    with pytest.warns(DpoKitWarning, match="trained on a base in 4bit, and is put on the whole one"):
+        load_model(tmp_path / "run" / "model")
 
 
 def test_a_folder_with_a_model_and_an_adapter_is_unclear(world, tmp_path):

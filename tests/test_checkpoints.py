@@ -26,7 +26,7 @@ from dpo_kit.checkpoint_files import (
     write_json,
     write_tensors,
 )
-from dpo_kit.checkpoint_folders import newest_checkpoint, remove_old
+from dpo_kit.checkpoint_folders import check_whole, newest_checkpoint, remove_old
 from dpo_kit.errors import DpoKitWarning, InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")
@@ -235,7 +235,7 @@ def test_damage_is_named_and_the_checkpoint_before_it_used(run, name, how):
     assert newest_checkpoint(run) == newest
     DAMAGE[how](newest / name)
     with pytest.raises(InputError, match=f"damaged: {name} ") as caught:
-        make_trainer(run, max_steps=6).train(resume_from_checkpoint=str(newest))
+        check_whole(newest)
     assert caught.value.file == str(newest)
     with pytest.warns(DpoKitWarning, match=rf"step-4 is damaged: {name} .*It is now step-4\.damaged"):
         assert newest_checkpoint(run) == run / "checkpoints" / "step-2"
@@ -271,12 +271,23 @@ def test_a_pickle_in_a_checkpoint_is_refused(run, name):
     newest = run / "checkpoints" / "step-4"
     (newest / name).parent.mkdir(exist_ok=True)
     torch.save({}, newest / name)
-    for resume in (True, str(newest)):
-        with pytest.raises(
-            InputError, match=rf"step-4: the checkpoint holds pickles \({name}\).*begin the run anew"
-        ):
-            make_trainer(run).train(resume_from_checkpoint=resume)
+    for look in (lambda: newest_checkpoint(run), lambda: check_whole(newest)):
+        with pytest.raises(InputError, match=rf"step-4: .* holds pickles \({name}\).*begin the run anew"):
+            look()
     assert newest.exists()
+
+
+def test_a_damaged_checkpoint_that_is_named_is_not_resumed_from(run):
+    newest = run / "checkpoints" / "step-4"
+    flip(newest / "optimizer.safetensors")
+    trainer = make_trainer(run, max_steps=6)
+    with pytest.raises(
+        InputError, match=r"damaged: optimizer\.safetensors .*--resume takes the newest good one"
+    ):
+        trainer.train(resume_from_checkpoint=str(newest))
+    with pytest.raises(InputError, match="there is no such checkpoint"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoints" / "step-3"))
+    assert trainer.state.global_step == 0
 
 
 def test_what_a_killed_run_was_writing_is_no_checkpoint_and_is_removed(run):

@@ -61,6 +61,18 @@ def test_all_blocks_are_found_and_of_a_known_kind():
     assert {name for name, *_ in BLOCKS} == {"bash", "yaml", "python"}
 
 
+@pytest.mark.parametrize("page", ["guide.md", "large-runs.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = ROOT / "docs" / (path or page)
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not heading or heading in anchors, link
+
+
 def test_every_python_block_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))

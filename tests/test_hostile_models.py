@@ -229,8 +229,8 @@ def test_a_checkpoint_with_pickles(world: Path, tmp_path: Path, marker: Path, ca
         for name in PICKLES:
             plant(folder / name, marker, as_torch=not name.endswith(".pkl"))
     shutil.rmtree(tmp_path / "run" / "model")
-    run("train", path, *saving, "--resume")
-    assert "Traceback" not in capsys.readouterr().err
+    assert run("train", path, *saving, "--resume") == 2
+    assert "pickles" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"global_step": "x"}', "[]", "\x00"])
@@ -318,6 +318,17 @@ def test_code_of_a_trusted_model_runs_and_says_so(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     # The start-up check trusts it as it trusts the family that it is made of.
     assert summary["layout"] == "tree"
+
+
+def test_attention_code_of_the_hub_is_not_fetched(world: Path, tmp_path: Path) -> None:
+    save_classifier(tmp_path / "classifier")
+    shutil.copytree(world / "policy", tmp_path / "policy")
+    for name, load in (("policy", load_model), ("classifier", lambda f: load_reward(f"classifier:{f}"))):
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"attn_implementation": "someone/kernel"}))
+        with pytest.raises(InputError, match=r"asks for code from the hub \(someone/kernel\)") as caught:
+            load(tmp_path / name)
+        assert "attn_implementation" in str(caught.value)
 
 
 def test_an_adapter_lends_its_trust_to_no_base(own_code: Path, world: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dpo_kit.dealing import PromptGroups, TokenRows, mismatched_partners
 from dpo_kit.examples import example_of
 from dpo_kit.packing import pack_tree
 from dpo_kit.pairs import load_pairs
-from dpo_kit.rank_batches import Costs, RankBatches, RowWork, deal_to_ranks
+from dpo_kit.rank_batches import Costs, Pieces, RankBatches, RowWork, deal_to_ranks
 from dpo_kit.tokenization import tokenize_pairs
 from dpo_kit.tokenizer import train_byte_level_bpe
 
@@ -32,7 +32,15 @@ sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=80).map(np.array)
 
 
 def alone(work):
-    return np.zeros_like(work), work, np.arange(len(work))
+    rows = np.arange(len(work))
+    return Pieces(rows, rows, rows, work)
+
+
+def of_prompts(prompts, replies, groups):
+    """Each row its prompt, and a reply that no other has."""
+    rows = np.arange(len(groups))
+    keys = np.concatenate([groups, len(groups) + rows])
+    return Pieces(groups, np.concatenate([rows, rows]), keys, np.concatenate([prompts, replies]))
 
 
 def loads(work, owners, ranks):
@@ -42,7 +50,7 @@ def loads(work, owners, ranks):
 @given(sizes, st.integers(1, 9))
 def test_no_rank_is_longer_than_the_mean_and_one_row(work, ranks):
     """Graham's bound for any list schedule: the mean, and (1 - 1/m) of the longest."""
-    owners = deal_to_ranks(*alone(work), ranks)
+    owners = deal_to_ranks(alone(work), ranks)
     longest = loads(work, owners, ranks).max()
     assert longest <= work.sum() / ranks + (1 - 1 / ranks) * work.max() + 1e-6
     assert len(np.unique(owners)) == min(ranks, len(work))
@@ -50,23 +58,23 @@ def test_no_rank_is_longer_than_the_mean_and_one_row(work, ranks):
 
 def test_the_longest_goes_first_to_the_rank_with_the_least():
     # 7 -> 0; 6 -> 1; 5 -> 1 has 6, 0 has 7: 1; 4 -> 0 (7 < 11); 3 and 2: 11 and 11: 0, then 1.
-    assert deal_to_ranks(*alone(np.array([2, 7, 5, 3, 6, 4])), 2).tolist() == [1, 0, 1, 0, 1, 0]
+    assert deal_to_ranks(alone(np.array([2, 7, 5, 3, 6, 4])), 2).tolist() == [1, 0, 1, 0, 1, 0]
 
 
 def test_rows_of_one_prompt_stay_on_one_rank_where_that_is_even():
     groups = np.array([0, 1, 0, 1, 2, 3])
     prompts, replies = np.full(6, 100), np.array([10, 10, 10, 10, 20, 20])
-    owners = deal_to_ranks(prompts, replies, groups, 2)
+    owners = deal_to_ranks(of_prompts(prompts, replies, groups), 2)
     assert owners[0] == owners[2] != owners[1] == owners[3]
     assert owners[4] != owners[5]
 
 
 def test_rows_of_one_prompt_are_parted_where_one_rank_would_have_most_of_the_work():
     # Together 100 + 8 x 50 = 500; in two halves 300 each, and no cut is shorter.
-    owners = deal_to_ranks(np.full(8, 100), np.full(8, 50), np.zeros(8, int), 2)
+    owners = deal_to_ranks(of_prompts(np.full(8, 100), np.full(8, 50), np.zeros(8, int)), 2)
     assert np.bincount(owners).tolist() == [4, 4]
     # Prompts of 1000 and replies of 1: what is parted is dearer than what is whole.
-    owners = deal_to_ranks(np.full(8, 1000), np.full(8, 1), np.array([0] * 4 + [1] * 4), 4)
+    owners = deal_to_ranks(of_prompts(np.full(8, 1000), np.full(8, 1), np.arange(8) // 4), 4)
     assert len(set(owners[:4])) == len(set(owners[4:])) == 1
 
 
@@ -129,8 +137,22 @@ def test_rejected_replies_cost_nothing_where_no_loss_needs_them():
 def test_groups_are_prompts():
     dataset = make_rows(30, prompts=7)
     prompts = dataset["prompt_ids"]
-    groups = RowWork(TokenRows(dataset), Costs()).groups(np.arange(30))
+    groups = RowWork(TokenRows(dataset), Costs()).pieces(np.arange(30)).groups
     assert all((groups[i] == groups[j]) == (prompts[i] == prompts[j]) for i in range(30) for j in range(30))
+
+
+def test_rows_together_cost_what_their_tree_has():
+    """Pairs of ranked replies: each prompt and each reply once; in two parts, some again."""
+    replies = [[i] * length for i, length in enumerate((3, 5, 8, 2), start=10)]
+    rows = [([p] * 9, replies[a], replies[b]) for p in (1, 2) for a in range(4) for b in range(a)]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    dataset = Dataset.from_dict(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
+    pieces = RowWork(TokenRows(dataset), Costs()).pieces(np.arange(12))
+    for units in (np.arange(12), np.arange(12) // 3, np.arange(12) // 6, np.zeros(12, int)):
+        trees = [
+            pack_tree([example_of(r) for r in dataset.select(np.flatnonzero(units == u))]) for u in set(units)
+        ]
+        assert (pieces.sizes(units) / 1024).tolist() == [tree.num_tokens for tree in trees]
 
 
 def test_costs_of_a_model():

@@ -13,14 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
 from families import TREE_FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from test_trainer import make_dataset, make_trainer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dpo_kit import sharding
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import InputError
 from dpo_kit.models import load_reward_model
+
+CONFIGURATIONS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
 
@@ -247,6 +252,25 @@ def test_what_does_not_go_is_refused(tmp_path, monkeypatch):
         sharding.check_wrappers(config(tmp_path))
     monkeypatch.setenv("FSDP_VERSION", "2")
     sharding.check_wrappers(config(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(InputError, match="DeepSpeed is not supported.*FSDP2"):
+        sharding.check_wrappers(config(tmp_path))
+
+
+def test_the_accelerate_configurations_shard_by_the_second_version(monkeypatch):
+    for name in ("eight-gpus-fsdp2", "two-nodes-fsdp2"):
+        content = yaml.safe_load((CONFIGURATIONS / f"{name}.yaml").read_text())
+        assert content["distributed_type"] == "FSDP"
+        with monkeypatch.context() as environment:
+            for key, value in content["fsdp_config"].items():
+                # As accelerate's launcher does it.
+                environment.setenv(f"FSDP_{key.removeprefix('fsdp_').upper()}", str(value))
+            plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2
+        sharding.fit_to_model(plugin, make_model("llama"))
+        plugin.set_auto_wrap_policy(make_model("llama"))
+        assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {LlamaDecoderLayer}
+        assert plugin.mixed_precision_policy.param_dtype == torch.float32
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from dpo_kit.errors import DpoKitWarning, InputError
-from dpo_kit.foreign_code import refused_code, require_safetensors
+from dpo_kit.foreign_code import refuse_kernels, refused_code, require_safetensors
 from dpo_kit.tokenizer import load_tokenizer
 
 # What a label that is asked for by nothing else is called, in lower case; the second where there are two.
@@ -120,6 +120,7 @@ def load_classifier(name: str, *, field: str) -> Classifier:
         require_safetensors(Path(source), field=field)
     try:
         tokenizer = load_tokenizer(source)
+        refuse_kernels(AutoConfig.from_pretrained(source, trust_remote_code=False), source, field)
         model, found = AutoModelForSequenceClassification.from_pretrained(
             source,
             trust_remote_code=False,
@@ -128,7 +129,8 @@ def load_classifier(name: str, *, field: str) -> Classifier:
             dtype=torch.float32,
         )
     except InputError as error:
-        raise InputError(error.problem, file=source, field=field, mend="Save it beside the model.") from error
+        mend = error.mend if error.field == field else "Save it beside the model."
+        raise InputError(error.problem, file=source, field=field, mend=mend) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if refused := refused_code(error, source, field):
             raise refused from error

@@ -33,7 +33,7 @@ from dpo_kit.evaluation.judges import (
     prompt_text,
     reply_text,
 )
-from dpo_kit.shown_text import holds_secret
+from dpo_kit.shown_text import holds_secret, without_secrets
 
 SHIPPED = Path(__file__).parent / "prompts"
 _SETTINGS = {"temperature": 0.0, "max_tokens": 512}
@@ -191,7 +191,8 @@ class EndpointJudge(Judge):
 
     def _clean(self, text: str) -> str:
         """Without the key, which a server may send back."""
-        return text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
+        text = text.replace(self._key, "[key]") if len(self._key) >= _SHORTEST_SECRET else text
+        return without_secrets(text)
 
     def _digest(self, text: str) -> str:
         asked = [self.url, self.model, _messages(text), self._settings]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_kit.adapters import is_adapter
+from dpo_kit.adapter_folders import is_adapter
 from dpo_kit.attention import attention_backend
 from dpo_kit.encoding import encode_replies, require_eos
 from dpo_kit.errors import InputError
