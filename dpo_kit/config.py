@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,13 @@ class PreferenceConfig(TrainingArguments):
     report_to: str | list[str] | None = "none"
 
     def __post_init__(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes"):
+            raise InputError(
+                "DeepSpeed is not supported: it would make an optimiser step of each micro-batch",
+                field="train.deepspeed",
+                mend="Shard with FSDP2: train.fsdp: true, or an accelerate configuration with distributed_type "
+                "FSDP and fsdp_version 2.",
+            )
         # Set by the trainer, once it knows the model and the memory.
         self.auto_tokens: int | None = None
         # Set by the loop, where memory ran out.

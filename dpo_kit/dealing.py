@@ -14,7 +14,6 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
 from dpo_kit.errors import InputError
@@ -83,7 +82,7 @@ class TokenRows(Dataset):
         """Names of the columns that hold replies."""
         return [name for name in REPLIES if name in self._names]
 
-    def ids(self, index: int, names: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+    def ids(self, index: int, names: Sequence[str]) -> list[IntArray]:
         """All lists of ids that a row has in some columns."""
         return _replies(self._read([index], list(names))[0])
 

@@ -35,18 +35,11 @@ def is_sharded(model: Any) -> bool:
 
 
 def check_wrappers(args: TrainingArguments) -> None:
-    """Refuse what this cannot train with, before anything is loaded onto a device.
+    """Refuse what this cannot shard with, before anything is loaded onto a device.
 
     Raises:
-        InputError: DeepSpeed, the first version of FSDP, or shards for one process alone.
+        InputError: the first version of FSDP, or shards for one process alone.
     """
-    if args.deepspeed or _says_yes("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError(
-            "DeepSpeed is not supported: it makes an optimiser step of each micro-batch, and not of all together",
-            field="train.deepspeed",
-            mend="Shard with FSDP2, which has all that ZeRO-3 has: train.fsdp: true, or an accelerate "
-            "configuration with distributed_type FSDP and fsdp_version 2.",
-        )
     asked = args.fsdp_plugin_args
     if asked is None and not _says_yes(_USE_FSDP):
         return

@@ -117,7 +117,7 @@ def _origin_of_pairs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _origin_of_model(recipe: Recipe) -> dict[str, Any]:
-    model = recipe.model.model_dump(exclude_defaults=True, exclude={"lora", "peft", "quantization"})
+    model = recipe.model.model_dump(exclude_defaults=True, exclude={"lora", "peft", "adapter", "quantization"})
     return {"model": model, "train": {"seed": int(recipe.train.get("seed", 42))}}
 
 

@@ -253,8 +253,11 @@ def test_what_does_not_go_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     sharding.check_wrappers(config(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed is not supported.*FSDP2"):
-        sharding.check_wrappers(config(tmp_path))
+    with pytest.raises(InputError, match="DeepSpeed is not supported"):
+        config(tmp_path)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    with pytest.raises(InputError, match="Shard with FSDP2"):
+        config(tmp_path, deepspeed={"zero_optimization": {"stage": 2}})
 
 
 def test_the_accelerate_configurations_shard_by_the_second_version(monkeypatch):
