@@ -62,9 +62,12 @@ bench: $(READY) .venv-trl-newest/.installed
 bench-data: $(READY)
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
-# The tables of objectives (README.md) and of shapes (docs/data.md), from the registries.
+# The tables of README.md and docs/ that code knows better: objectives, shapes, combinations, plans.
 docs: $(READY)
 	$(BIN)/python docs/write_tables.py
+	$(BIN)/python docs/plan_one_gpu.py
+	$(BIN)/python docs/plan_large_run.py
+	$(BIN)/python docs/simulate_dealing.py
 
 data: $(READY)
 	$(BIN)/python data/make_small_world.py

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_kit.rank_batches import deal_to_ranks
+from dpo_kit.rank_batches import Pieces, deal_to_ranks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from lengths import LENGTHS
@@ -29,14 +29,10 @@ def in_order(pairs_BN: np.ndarray, ranks: int) -> np.ndarray:
     return pairs_BN.reshape(len(pairs_BN), ranks, -1).sum(2)
 
 
-def by_work(prompts_BN: np.ndarray, replies_BN: np.ndarray, ranks: int) -> np.ndarray:
-    """[B, R] work, as `dpo_kit.rank_batches` deals it; no two pairs have the same prompt."""
-    alone = np.arange(prompts_BN.shape[1])
-    owners = [
-        deal_to_ranks(prompts, replies, alone, ranks)
-        for prompts, replies in zip(prompts_BN, replies_BN, strict=True)
-    ]
-    pairs_BN = prompts_BN + replies_BN
+def by_work(pairs_BN: np.ndarray, ranks: int) -> np.ndarray:
+    """[B, R] work, as `dpo_kit.rank_batches` deals it; no two pairs share anything."""
+    own = np.arange(pairs_BN.shape[1])
+    owners = (deal_to_ranks(Pieces(own, own, own, pairs), ranks) for pairs in pairs_BN)
     return np.stack([np.bincount(o, pairs, ranks) for o, pairs in zip(owners, pairs_BN, strict=True)])
 
 
@@ -48,9 +44,8 @@ def simulated(ranks: int) -> list[tuple[str, ...]]:
         for batch in BATCHES:
             kinds = (known.prompt, known.chosen, known.rejected)
             drawn = (kind.draw(random, STEPS * batch).reshape(STEPS, batch) for kind in kinds)
-            prompts, chosen, rejected = drawn
-            dealt = in_order(prompts + chosen + rejected, ranks), by_work(prompts, chosen + rejected, ranks)
-            found = [longest_over_mean(work) for work in dealt]
+            pairs_BN = sum(drawn, np.zeros((STEPS, batch), np.int64))
+            found = [longest_over_mean(deal(pairs_BN, ranks)) for deal in (in_order, by_work)]
             cells = (f"{value:.3f}" for ratios in found for value in (ratios.mean(), ratios.max()))
             rows.append((f"{label}, {batch}", *cells))
     return rows

@@ -101,8 +101,8 @@ class PreferenceConfig(TrainingArguments):
             raise InputError(
                 "DeepSpeed is not supported: it would make an optimiser step of each micro-batch",
                 field="train.deepspeed",
-                mend="Shard with FSDP2: train.fsdp: true, or an accelerate configuration with distributed_type "
-                "FSDP and fsdp_version 2.",
+                mend="Shard with FSDP2: train.fsdp: true, or an accelerate configuration with "
+                "distributed_type FSDP and fsdp_version 2.",
             )
         # Set by the trainer, once it knows the model and the memory.
         self.auto_tokens: int | None = None

@@ -175,10 +175,16 @@ def make_training_config(fields: dict[str, Any]) -> PreferenceConfig:
         raise InputError(str(error).strip().splitlines()[0], field="train") from error
 
 
+# What follows from batch_size and the number of ranks, on which a run may go on with another.
+_OF_RANKS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
 def training_fields(config: PreferenceConfig) -> dict[str, Any]:
     """The fields of a configuration that a recipe's `train` may hold, as YAML can write them."""
     found = {}
     for field in dataclasses.fields(config):
+        if field.name in _OF_RANKS:
+            continue
         value = getattr(config, field.name)
         value = value.value if isinstance(value, enum.Enum) else value
         if field.name.endswith(_OF_TOKENS):

@@ -21,6 +21,7 @@ import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from dpo_kit import ranks
 from dpo_kit.checkpoint_folders import put_aside
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.disk import writing
@@ -40,6 +41,14 @@ def write_text(path: Path, text: str) -> None:
     with writing(path.name, path.parent, partial=written):
         written.write_text(text, encoding="utf-8")
         os.replace(written, path)
+
+
+def without_leftovers(written: Path) -> Path:
+    """A folder to write, without what a process that died has left in it; on all ranks together."""
+    if ranks.is_first():
+        shutil.rmtree(written, ignore_errors=True)
+    ranks.wait()
+    return written
 
 
 def replace_folder(written: Path, final: Path) -> None:

@@ -31,6 +31,7 @@ from dpo_kit.run_folder import (
     is_finished,
     make_room,
     replace_folder,
+    without_leftovers,
     write_text,
 )
 
@@ -111,7 +112,7 @@ def close_run(
     say: Say,
 ) -> RunResult:
     """model/, summary.json with the figures, and the report: what makes a run whole."""
-    written = folder / ".model.writing"
+    written = without_leftovers(folder / ".model.writing")
     # All ranks: a model in shards is gathered.
     with writing("the model", folder / "model", partial=written):
         save_model(str(written))

@@ -24,7 +24,7 @@ from dpo_kit.encoding import opening_of, require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.models import check_length, embedded_tokens, load_config, load_model
 from dpo_kit.recipe import Recipe, SftSection, make_training_config
-from dpo_kit.run_folder import write_text
+from dpo_kit.run_folder import without_leftovers, write_text
 from dpo_kit.texts import read_texts
 from dpo_kit.tokenizer import load_tokenizer, train_byte_level_bpe
 from dpo_kit.trainer import PreferenceTrainer
@@ -139,11 +139,12 @@ def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> None:
         "sft/documents": len(dataset),
         "sft/documents_cut": cut,
     }
-    trainer.save_model(str(folder / "model.writing"))
+    written = without_leftovers(folder / "model.writing")
+    trainer.save_model(str(written))
     ranks.wait()
     if ranks.is_first():
         write_text(folder / "figures.json", json.dumps(figures))
-        (folder / "model.writing").rename(folder / "model")
+        written.rename(folder / "model")
     ranks.wait()
 
 

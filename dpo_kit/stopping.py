@@ -58,13 +58,16 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint, and for nothing else that takes time."""
+        """Ask for a checkpoint, and for nothing else that takes time: a resume makes up for an evaluation.
+
+        Not where the best checkpoint is to be known by it.
+        """
         if args.world_size == 1:
             # Ranks tell each other in the next step.
             self.agreed = self.told
         if self.agreed:
             control.should_save = True
-            control.should_evaluate = False
+            control.should_evaluate = control.should_evaluate and args.load_best_model_at_end
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -128,7 +128,7 @@ class PreferenceTrainer(TrainingLoop):
             callbacks=[
                 self._metrics_file,
                 Progress(),
-                At(before_first_step=self._settle_token_budget, after_step=self._after_step),
+                At(before_first_step=self._before_first_step, after_step=self._after_step),
                 *(callbacks or []),
             ],
             optimizers=optimizers,
@@ -225,6 +225,20 @@ class PreferenceTrainer(TrainingLoop):
         if layout == "tree" and not self.is_fsdp_enabled:
             settle_attention(models, self._probe, args, self.accelerator.autocast)
         return layout, args.attention
+
+    def _before_first_step(self) -> None:
+        self._settle_token_budget()
+        self._make_up_for_evaluation()
+
+    def _make_up_for_evaluation(self) -> None:
+        """Evaluate at the step that is resumed from, where a run that was stopped had no time for it."""
+        args, step = self.args, self.state.global_step
+        due = args.eval_strategy == "steps" and step > max(0, args.eval_delay)
+        if not due or self.eval_dataset is None or step % self.state.eval_steps:
+            return
+        known = (line for line in self.state.log_history if line.get("step") == step)
+        if not any(key.startswith("eval_") and key.endswith("loss") for line in known for key in line):
+            self.evaluate()
 
     def _settle_token_budget(self) -> None:
         """On CUDA, "auto" is what the free memory allows; the same on all ranks."""

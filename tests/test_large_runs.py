@@ -58,7 +58,7 @@ def test_dealing_by_work_by_hand(plan):
 
     pairs = np.array([[3, 5, 3, 4, 3, 0]])
     # 5 | 4, then 3 to the second, 3 to the first, 3 to the second, which has less.
-    assert by_work(pairs - pairs // 2, pairs // 2, 2).tolist() == [[8, 10]]
+    assert by_work(pairs, 2).tolist() == [[8, 10]]
     assert in_order(pairs, 2).tolist() == [[11, 7]]
     assert longest_over_mean(in_order(pairs, 2)).tolist() == [11 / 9]
 

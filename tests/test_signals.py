@@ -49,16 +49,19 @@ def logged(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("number", NAMES)
+@pytest.mark.parametrize("step", [3, 4])
 def test_a_signal_in_training_saves_and_leaves_and_a_resume_ends_the_same(
-    number: signal.Signals, world: Path, expected: dict[str, Any], tmp_path: Path
+    step: int, number: signal.Signals, world: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    # In the third step, which has two micro-batches; checkpoints are due every second step.
-    ended = train(world, folder, death=Death(5, "backward", signal=number))
+    # Of two micro-batches a step. A checkpoint and an evaluation are due every second step.
+    ended = train(world, folder, death=Death(2 * step - 1, "backward", signal=number))
     assert ended.status == 128 + number
-    assert last_line(ended).startswith(f"stopped by {NAMES[number]} after step 3; its checkpoint is saved")
+    assert last_line(ended).startswith(
+        f"stopped by {NAMES[number]} after step {step}; its checkpoint is saved"
+    )
     saved = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
-    assert saved == ["step-2", "step-3"]
+    assert saved == ["step-2", f"step-{step}"]
     assert not (folder / "run" / "summary.json").exists()
 
     resumed = train(world, folder, "--resume")

@@ -199,9 +199,9 @@ class CachedReference:
         first = next(wanted, None)
         if not ranks.agree(first is not None):
             return 0
-        lots = wanted if first is None else chain([first], wanted)
-        batches = (batch for examples in lots for batch in plan(examples))
-        done = self._compute(model, (batch for batch in batches if ranks.agree(True)), device, progress)
+        ours = wanted if first is None else chain([first], wanted)
+        lots = ((batch for batch in plan(examples) if ranks.agree(True)) for examples in ours)
+        done = self._compute(model, lots, device, progress)
         others = itertools.takewhile(lambda _: ranks.agree(False), itertools.repeat(filler))
         for _ in score_batches(model, others, device, self._autocast):
             pass
