@@ -86,7 +86,7 @@ class TrainingLoop(CheckpointingTrainer):
 
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
-        self._logged_pairs = self._counts.pairs
+        self._logged_pairs = self._counts.over_ranks().pairs
         if is_first():
             self._means["train"] = WeightedMeans.of_state(self._counts.unlogged, self.args.device)
 
@@ -327,14 +327,13 @@ class TrainingLoop(CheckpointingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add preference metrics and speed to a line of training logs; warn where it goes wrong."""
         if "loss" in logs and "learning_rate" in logs:
-            now, pairs = time.perf_counter(), self._counts.pairs - self._logged_pairs
+            now, counts = time.perf_counter(), self._counts.over_ranks()
             logs |= self._take_means("train")
             if advice := self._displacement.advice(logs):
                 warnings.warn(f"step {self.state.global_step}: {advice}", DpoKitWarning, stacklevel=2)
-            tokens = torch.tensor([self._counts.tokens], device=self.args.device)
-            logs["num_tokens"] = int(self.accelerator.gather(tokens).sum())
-            logs["pairs_per_second"] = pairs * self.args.world_size / max(now - self._logged_at, 1e-9)
-            self._logged_at, self._logged_pairs = now, self._counts.pairs
+            logs["num_tokens"] = counts.tokens
+            logs["pairs_per_second"] = (counts.pairs - self._logged_pairs) / max(now - self._logged_at, 1e-9)
+            self._logged_at, self._logged_pairs = now, counts.pairs
         super().log(logs, start_time)
 
     @contextlib.contextmanager
@@ -354,8 +353,8 @@ class TrainingLoop(CheckpointingTrainer):
 
     @property
     def pairs_seen(self) -> int:
-        """Pairs trained on so far, over all ranks."""
-        return self._counts.pairs * self.args.world_size
+        """Pairs trained on so far, over all ranks; on all of them together."""
+        return self._counts.over_ranks().pairs
 
     @property
     def tokens_saved_share(self) -> float:
