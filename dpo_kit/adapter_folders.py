@@ -109,8 +109,14 @@ def trained_quantization(folder: str | Path) -> Any:
 
 def run_recipe_of(folder: str | Path) -> Path | None:
     """The recipe of the run whose RUN/model or RUN/checkpoints/step-N this is; None where there is none."""
-    runs = Path(folder).absolute().parents[:2]
-    return next((run / "recipe.yaml" for run in runs if (run / "recipe.yaml").is_file()), None)
+    folder = Path(folder).absolute()
+    if folder.parent.name == "checkpoints":
+        folder = folder.parent
+    elif folder.name != "model":
+        # A recipe that lies beside it may be of any run.
+        return None
+    path = folder.parent / "recipe.yaml"
+    return path if path.is_file() else None
 
 
 def read_adapter(folder: Path) -> dict[str, Any]:

@@ -48,8 +48,24 @@ _REFUSED = {
     "SHADOW": "its forward is not that of a causal LM",
     "XLORA": "it mixes other adapters by a second forward of its own",
 }
-# LoRA whose first values come of a pass over data; without it peft quietly starts from others, or fails.
-_LORA_OF_DATA = ("eva", "corda")
+# How LoRA may start; of data: by a pass over it, without which peft quietly starts otherwise, or fails.
+_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "olora")
+_STARTS_OF_DATA = ("eva",)
+# Those that take their first product out of the base model's weights.
+_STARTS_IN_BASE = ("pissa", "olora")
+_LOST_BASE = "it changes the base model's weights, and not in the same way when the saved adapter is loaded"
+# Fields of LoraConfig that make another kind of adapter of it.
+_LORA_VARIANTS = {
+    "alora_invocation_tokens": "it acts from a token of each sequence on, which rows of a token tree do not tell",
+    "arrow_config": "it mixes other adapters by what each token needs",
+    "kasa_config": _LOST_BASE,
+    "lora_ga_config": _LOST_BASE,
+    "megatron_config": "it was never tried here",
+    "monteclora_config": "it draws random numbers in training, which sequences that share a prefix would share",
+    "use_bdlora": "it was never tried here",
+    "use_qalora": "it was never tried here",
+    "velora_config": "it was never tried here",
+}
 # By whether a reward model is trained.
 _TASKS = {True: REWARD_TASK, False: "CAUSAL_LM"}
 
@@ -69,9 +85,9 @@ def new_adapter(
             with the reason; a value that peft refuses; or peft is not there.
     """
     field = "model.lora" if lora is not None else "model.peft"
-    given = {"peft_type": "LORA"} | dict(lora) if lora is not None else dict(other) if other else None
-    if given is None:
+    if lora is None and other is None:
         return None
+    given = {"peft_type": "LORA"} | dict(lora) if lora is not None else dict(other or {})
     _require_peft(field)
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -84,6 +100,9 @@ def new_adapter(
         raise InputError(f"peft has no '{kind}'", field=f"{field}.peft_type", mend=mend)
     made = kinds[kind]
     _check_kind(kind, made, field=f"{field}.peft_type")
+    if isinstance(given.get("modules_to_save"), str):
+        # peft would take it for a list of letters.
+        raise InputError("expected a list", field=f"{field}.modules_to_save", mend="As in [lm_head].")
     known = {each.name for each in dataclasses.fields(made) if each.init} - {"peft_type"}
     for name in given:
         if name not in known:
@@ -103,12 +122,22 @@ def check_supported(config: Any, *, field: str, file: str | Path | None = None) 
         InputError: with the reason.
     """
     _check_kind(_kind(config), type(config), field=field, file=file)
-    if getattr(config, "alora_invocation_tokens", None):
+    for name, reason in _LORA_VARIANTS.items():
+        if getattr(config, name, None):
+            raise InputError(
+                f"this variant of LoRA is not supported: {reason}",
+                file=file,
+                field=f"{field}.{name}",
+                mend="Leave it out.",
+            )
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _STARTS + _STARTS_OF_DATA:
+        lost = start.lower().startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
         raise InputError(
-            "an activated LoRA acts from a token of each sequence on, which rows of a token tree do not tell",
+            f"LoRA that starts by '{start}' is not supported: {_LOST_BASE if lost else 'it is not known'}",
             file=file,
-            field=f"{field}.alora_invocation_tokens",
-            mend="Leave it out.",
+            field=f"{field}.init_lora_weights",
+            mend=f"Known: true, false, {', '.join(_STARTS)}.",
         )
 
 
@@ -120,12 +149,58 @@ def check_new(config: Any, *, field: str = "peft_config") -> None:
     """
     check_supported(config, field=field)
     start = getattr(config, "init_lora_weights", True)
-    if start in _LORA_OF_DATA:
+    if start in _STARTS_OF_DATA:
         raise InputError(
             f"'{start}' takes a pass over data before training, which is not made here",
             field=f"{field}.init_lora_weights",
             mend="Leave it out, or make the adapter with peft and hand the model over, or name it as "
             "model.adapter.",
+        )
+
+
+def check_names(config: Any, model: nn.Module) -> None:
+    """Refuse names of layers or parameters that a model does not have: peft passes over those among others.
+
+    Args:
+        config: of a new adapter.
+        model: the base model.
+
+    Raises:
+        InputError: naming them.
+    """
+    layers = [name for name, _ in model.named_modules()]
+    places = {
+        "target_modules": layers,
+        "modules_to_save": layers,
+        "target_parameters": [name for name, _ in model.named_parameters()],
+    }
+    for field, known in places.items():
+        asked = getattr(config, field, None)
+        if asked is None or isinstance(asked, str):
+            # A pattern, which peft refuses where nothing is like it.
+            continue
+        if lost := sorted(str(n) for n in asked if not any(f".{k}".endswith(f".{n}") for k in known)):
+            last = {name.rpartition(".")[2] for name in known} - {""}
+            raise InputError(
+                f"the model has none of that name: {', '.join(lost)}",
+                field=f"model.lora.{field}",
+                mend=_nearest(lost[0], {name for name in last if not name.isdigit()}),
+            )
+
+
+def check_leaves_base(config: Any, *, field: str, file: str | Path | None = None) -> None:
+    """Refuse the configuration of an adapter without which the model is not the base it was made on.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if (start := getattr(config, "init_lora_weights", True)) in _STARTS_IN_BASE:
+        raise InputError(
+            f"'{start}' takes the adapter's start out of the base model's weights: with the adapter switched "
+            "off they are no model that there was before",
+            file=file,
+            field=field,
+            mend="Set reference.mode to auto, cached or live.",
         )
 
 
@@ -170,17 +245,10 @@ def put_adapter(
         InputError: no such adapter; one in a pickle; of a kind that cannot be scored here; numbers that are
             not finite; or an adapter of another base model.
     """
-    _require_peft("model.adapter")
     folder = Path(folder)
-    read_adapter(folder)
-    from peft import PeftConfig, PeftModel
+    read_config(folder)
+    from peft import PeftModel
 
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise unusable(f"not a configuration of peft: {in_a_line(error)}", folder) from error
-    check_supported(config, field="model.adapter", file=folder)
-    _check_finite(folder)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -204,8 +272,37 @@ def put_adapter(
     return adapted
 
 
+def read_config(folder: Path, field: str = "model.adapter") -> Any:
+    """peft's configuration of a folder's adapter, which is whole, of a kind that is known here, and finite.
+
+    Raises:
+        InputError: it is not.
+    """
+    _require_peft(field)
+    try:
+        read_adapter(folder)
+        from peft import PeftConfig
+
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (TypeError, ValueError, KeyError, ImportError) as error:
+            raise unusable(f"not a configuration of peft: {in_a_line(error)}", folder) from error
+        check_supported(config, field="model.adapter", file=folder)
+        _check_finite(folder)
+    except InputError as error:
+        named = (error.field or "").replace("model.adapter", field)
+        raise InputError(error.problem, file=error.file, field=named, mend=error.mend) from error
+    return config
+
+
+def saved_adapters(model: Any) -> list[str]:
+    """Names of a peft model's adapters that are saved with it: not those that are only there to be compared with."""
+    on = model.active_adapters
+    return [name for name, config in model.peft_config.items() if name in on or not config.inference_mode]
+
+
 def load_adapters(model: Any, folder: Path) -> None:
-    """Take over, bit for bit, what `save_pretrained` of a peft model with the same adapters has written.
+    """Take over, bit for bit, `saved_adapters` as a peft model with the same adapters has written them.
 
     Which of them are switched on, and trained, stays as it is.
 
@@ -215,7 +312,7 @@ def load_adapters(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    for name in model.peft_config:
+    for name in saved_adapters(model):
         path = (folder if name == "default" else folder / name) / WEIGHTS_FILE
         saved = load_file(path) if path.is_file() else {}
         own = get_peft_model_state_dict(model, adapter_name=name)

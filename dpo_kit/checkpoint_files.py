@@ -21,9 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dpo_kit.disk import sync_file, sync_folder
+from dpo_kit.disk import digest_file, sync_file, sync_folder
 from dpo_kit.errors import InputError
-from dpo_kit.fingerprint import digest_file
 
 MANIFEST = "manifest.json"
 FORMAT = "dpo_kit checkpoint 2"
@@ -226,7 +225,7 @@ def set_random_states(states: Mapping[str, Tensor]) -> None:
 def write_manifest(folder: Path) -> None:
     """Write the manifest of a checkpoint, its last file; all of it is on the disk when this returns.
 
-    It names every file with its bytes and the digest that `dpo_kit.fingerprint.digest_file` gives.
+    It names every file with its bytes and the digest that `dpo_kit.disk.digest_file` gives.
     """
     files = {}
     for path in _files(folder):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from dpo_kit import checkpoint_states, ranks
-from dpo_kit.adapters import load_adapters
+from dpo_kit.adapters import load_adapters, saved_adapters
 from dpo_kit.checkpoint_files import (
     random_states,
     read_json,
@@ -254,7 +254,9 @@ class CheckpointingTrainer(Trainer):
         if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
             model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+            adapters = {"selected_adapters": saved_adapters(model)} if hasattr(model, "peft_config") else {}
+            first = self.args.should_save
+            model.save_pretrained(folder, state_dict=state_dict, is_main_process=first, **adapters)
         elif self.args.should_save:
             save_model(model, str(Path(folder) / "model.safetensors"))
         if self.args.should_save and self.processing_class is not None:

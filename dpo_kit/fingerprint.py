@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from dpo_kit.adapter_folders import base_of
+from dpo_kit.disk import BLOCK_BYTES, THREADS, digest_block, digest_file
 from dpo_kit.errors import InputError
 from dpo_kit.models import unwrap
 
@@ -26,9 +26,6 @@ FORMAT_VERSION = 1
 # Part of what files are known by: raise it when other files, or other bytes of them, count.
 _FILES_VERSION = 2
 
-# hashlib lets other threads run while it hashes a block; 4 MiB take it some milliseconds.
-_BLOCK_BYTES = 1 << 22
-_THREADS = min(8, os.cpu_count() or 1)
 
 # Fields of configurations, of models and of adapters, that no log-prob depends on: where it comes from,
 # what generation, training, a cache of keys and values or the shape of outputs go by. Dropout is off in all
@@ -233,7 +230,7 @@ def _scaling(base: nn.Module, on: Sequence[str]) -> list[list[float]]:
 def _digest_tensors(tensors: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     seen: dict[tuple[Any, ...], bytes] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for name, value in sorted(tensors.items()):
             if not isinstance(value, Tensor):
                 digest.update(f"{name} {value!r}".encode())
@@ -254,20 +251,6 @@ def _digest_tensors(tensors: dict[str, Any]) -> str:
 def _digest_values(value: Tensor, pool: ThreadPoolExecutor) -> bytes:
     """SHA-256 of the digests of a tensor's blocks."""
     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    blocks = [flat[start : start + _BLOCK_BYTES].data for start in range(0, len(flat), _BLOCK_BYTES)]
-    parts = map(_digest_block, blocks) if len(blocks) == 1 else pool.map(_digest_block, blocks)
+    blocks = [flat[start : start + BLOCK_BYTES].data for start in range(0, len(flat), BLOCK_BYTES)]
+    parts = map(digest_block, blocks) if len(blocks) == 1 else pool.map(digest_block, blocks)
     return hashlib.sha256(b"".join(parts)).digest()
-
-
-def _digest_block(block: Any) -> bytes:
-    return hashlib.sha256(block).digest()
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of the SHA-256 digests of a file's blocks of 4 MiB, in hexadecimal: all cores hash at once."""
-    with open(path, "rb") as file, ThreadPoolExecutor(_THREADS) as pool:
-        digest = hashlib.sha256()
-        while chunks := [c for c in (file.read(_BLOCK_BYTES) for _ in range(2 * _THREADS)) if c]:
-            for part in pool.map(_digest_block, chunks):
-                digest.update(part)
-    return digest.hexdigest()

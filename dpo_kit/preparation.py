@@ -13,7 +13,8 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
 
-from dpo_kit.adapters import check_new, check_trains, name_base
+from dpo_kit.adapter_folders import REWARD_TASK, in_a_line
+from dpo_kit.adapters import check_names, check_new, check_trains, name_base
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.examples import Example, example_of
@@ -101,16 +102,7 @@ def prepared_policy(
             )
         check_trains(policy)
     if peft_config is not None:
-        check_new(peft_config)
-        from peft import get_peft_model
-
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            try:
-                policy = get_peft_model(policy, peft_config)
-            except AttributeError as error:
-                # What a task_type looks for in a model of another kind.
-                raise InputError(str(error), field="model.lora", mend=_LORA_MEND[rewards]) from error
+        policy = _with_new_adapter(policy, peft_config, rewards=rewards, seed=seed)
     check_trainable(policy)
     if hasattr(policy, "peft_config"):
         name_base(policy)
@@ -123,6 +115,33 @@ def prepared_policy(
     elif not hasattr(value_head(policy), "modules_to_save") and hasattr(policy, "peft_config"):
         problem = "with this adapter the value head is not trained, nor saved"
         raise InputError(problem, field="model.lora", mend=_LORA_MEND[rewards])
+    return policy
+
+
+def _with_new_adapter(policy: nn.Module, config: Any, *, rewards: bool, seed: int) -> nn.Module:
+    """The peft model around a policy, its new adapter made of a seed.
+
+    Raises:
+        InputError: as `check_new`; or what the configuration asks for does not go with the model.
+    """
+    check_new(config)
+    check_names(config, policy)
+    if config.task_type == REWARD_TASK and not rewards:
+        problem = f"task_type {REWARD_TASK} is for reward models, and a causal LM is trained"
+        raise InputError(problem, field="model.lora.task_type", mend=_LORA_MEND[rewards])
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            policy = get_peft_model(policy, config)
+        except AttributeError as error:
+            # What a task_type looks for in a model of another kind.
+            raise InputError(str(error), field="model.lora", mend=_LORA_MEND[rewards]) from error
+        # Each kind of adapter has errors of its own for fields that do not go with each other or the model.
+        except Exception as error:
+            raise InputError(f"peft cannot make this adapter: {in_a_line(error)}", field="model.lora") from error
+    check_trains(policy)
     return policy
 
 

@@ -270,11 +270,18 @@ def _check_together(recipe: Recipe) -> None:
             field="model.tokenizer",
             mend="Name a tokenizer folder or hub id.",
         )
+    adapted = any(value is not None for value in (model.lora, model.peft, model.adapter))
+    if adapted and model.path is None and recipe.sft is None:
+        raise InputError(
+            "random weights are not adapted: they are not saved with the adapter, which would fit nothing",
+            field="model.config",
+            mend="Name a model.path, train the model first (sft), or train it whole.",
+        )
     if model.quantization is not None:
-        _check_quantization(recipe)
+        _check_quantization(recipe, adapted)
 
 
-def _check_quantization(recipe: Recipe) -> None:
+def _check_quantization(recipe: Recipe, adapted: bool) -> None:
     model = recipe.model
     assert model.quantization is not None
     quantization_fields(model.quantization)
@@ -284,7 +291,7 @@ def _check_quantization(recipe: Recipe) -> None:
             field="model.quantization",
             mend="Name a model.path, or train the model first (sft).",
         )
-    if not (model.lora or model.peft or model.adapter):
+    if not adapted:
         raise InputError(
             "quantised weights cannot be trained, and there is no adapter",
             field="model.quantization",

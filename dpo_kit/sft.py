@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from dpo_kit import ranks
 from dpo_kit.adapter_folders import is_adapter
+from dpo_kit.checkpoint_folders import newest_checkpoint
 from dpo_kit.encoding import opening_of, require_eos
 from dpo_kit.errors import InputError
 from dpo_kit.models import check_length, embedded_tokens, load_config, load_model
@@ -113,6 +114,8 @@ def text_rows(
 def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> None:
     """Train the policy on the corpus; `folder` holds model/ and figures.json afterwards.
 
+    It goes on from a checkpoint that lies there: of a stage that was stopped, or saved some (`sft.train`).
+
     Args:
         section: what to train on.
         recipe: its model section says where from, and the seed comes from its train section.
@@ -131,9 +134,10 @@ def train_sft(section: SftSection, recipe: Recipe, folder: Path) -> None:
     settings = {"seed": seed, "save_strategy": "no"} | inherited | section.train
     config = make_training_config(settings | {"output_dir": str(folder), "loss": "sft"})
     trainer = PreferenceTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
-    result = trainer.train()
+    checkpoint = newest_checkpoint(folder)
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     figures = {
-        "sft/runtime": float(result.metrics["train_runtime"]),
+        "sft/runtime": trainer.train_seconds,
         "sft/loss": float(result.metrics["train_loss"]),
         "sft/tokens": int(trainer.cost()["tokens"]),
         "sft/documents": len(dataset),

@@ -90,7 +90,8 @@ def is_made(recipe: Recipe, folder: Path) -> bool:
     """
     has_policy = recipe.sft is None or (folder / "sft" / "model").exists()
     has_pairs = recipe.candidates is None or (folder / "pairs" / "figures.json").exists()
-    if recipe.sft is not None and has_policy:
+    begun = has_policy or (folder / "sft" / "checkpoints").exists()
+    if recipe.sft is not None and begun:
         _check_origin(folder / "sft", _origin_of_sft(recipe))
     if recipe.candidates is not None and has_pairs:
         _check_origin(folder / "pairs", _origin_of_pairs(recipe))
@@ -117,7 +118,9 @@ def _origin_of_pairs(recipe: Recipe) -> dict[str, Any]:
 
 
 def _origin_of_model(recipe: Recipe) -> dict[str, Any]:
-    model = recipe.model.model_dump(exclude_defaults=True, exclude={"lora", "peft", "adapter", "quantization"})
+    model = recipe.model.model_dump(
+        exclude_defaults=True, exclude={"lora", "peft", "adapter", "quantization"}
+    )
     return {"model": model, "train": {"seed": int(recipe.train.get("seed", 42))}}
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,13 +22,13 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from dpo_kit.batch_encoding import EncodedRows, Sequences, encode_groups
-from dpo_kit.cache_folder import ELSEWHERE, cache_folder, sweep
-from dpo_kit.disk import writing
+from dpo_kit.cache_folder import cache_folder
 from dpo_kit.encoding import require_eos
-from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.errors import InputError
 from dpo_kit.length_policy import CUT, DROPPED, LengthPolicy, outcome_of
 from dpo_kit.pairs.kinds import KINDS_OF_ROWS, LISTS, UNPAIRED, Kind, kind_of_columns, kind_of_ids
 from dpo_kit.pairs.schema import BadRow, checked_label, checked_scores
+from dpo_kit.token_cache import map_cached
 
 # Part of the cache's key: raise it when the ids of the same rows change, or what becomes of them.
 FORMAT_VERSION = 3
@@ -121,10 +118,11 @@ def tokenize_pairs(
     template_kwargs = dict(chat_template_kwargs or {})
     key = _cache_key(rows, tokenizer, policy, template_kwargs)
     features = _mapped_features(kind, {name: rows.features[name] for name in columns if name in CARRIED})
-    mapped = _map_cached(
+    mapped = map_cached(
         rows,
+        _tokenize_batch,
         cache_folder(cache_dir, "tokens") / f"{key}.arrow",
-        num_proc,
+        min(num_proc or 1, -(-len(rows) // ROWS_PER_BATCH)),
         batched=True,
         batch_size=ROWS_PER_BATCH,
         with_indices=True,
@@ -281,48 +279,6 @@ def _judgement(row: Mapping[str, Any], kind: Kind) -> bool | list[float]:
         return checked_scores(row, len(row["completions"]))
     except BadRow as bad:
         raise InputError(bad.message, file=row.get("source"), field=bad.field, mend=bad.mend) from bad
-
-
-def _map_cached(rows: datasets.Dataset, file: Path, num_proc: int | None, **options: Any) -> datasets.Dataset:
-    """`rows.map(_tokenize_batch)` from or to the file, which datasets writes whole and then renames."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # The names that datasets writes under.
-        sweep(file.parent, "tmp*")
-    except OSError as error:
-        raise InputError(
-            f"cannot make the folder for the token cache: {error.strerror}",
-            file=file.parent,
-            mend="Set DPO_KIT_CACHE to a folder that can be written",
-        ) from error
-    written = any(file.parent.glob(f"{file.stem}*{file.suffix}"))
-    processes = min(num_proc or 1, -(-len(rows) // ROWS_PER_BATCH))
-    options |= {"cache_file_name": str(file), "num_proc": processes if processes > 1 else None}
-    with _environment_kept(), writing("the token cache", file.parent, strays="tmp*", mend=ELSEWHERE):
-        try:
-            mapped = rows.with_format("arrow").map(_tokenize_batch, load_from_cache_file=True, **options)
-            if len(mapped) == len(rows):
-                return mapped.with_format(None)
-        except (pa.ArrowInvalid, OSError):
-            if not written:
-                raise
-        warnings.warn(f"{file}: the token cache is damaged; tokenising again", DpoKitWarning, stacklevel=4)
-        mapped = rows.with_format("arrow").map(_tokenize_batch, load_from_cache_file=False, **options)
-        return mapped.with_format(None)
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """datasets turns off the tokenizer's threads for its forks, and leaves `os.environ` another object."""
-    environ, before = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
-    try:
-        yield
-    finally:
-        os.environ = environ  # noqa: B003
-        if before is None:
-            os.environ.pop("TOKENIZERS_PARALLELISM", None)
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _cache_key(

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from families import make_model
 from peft import PromptTuningConfig, get_peft_model
 from test_reference_cache import lora
@@ -145,7 +144,7 @@ def test_files_say_nothing_before_all_weights_are_there(tmp_path, sharded):
 def test_the_key_knows_the_release_of_transformers(monkeypatch):
     model, keys = make_model("llama"), []
     for version in ("5.23.0", "5.23.1", "5.24.0", "6.23.0"):
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr("dpo_kit.fingerprint.transformers.__version__", version)
         keys.append(model_key(model))
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3

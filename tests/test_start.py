@@ -1,11 +1,16 @@
 """What a run starts from is gone on with only where it was made from the same."""
 
+import signal
+
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_candidates import TEXTS, make_recipe, save_policy
 
 from dpo_kit import start
-from dpo_kit.errors import InputError
+from dpo_kit.callbacks import Progress
+from dpo_kit.errors import InputError, StoppedError
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import check_same_run, make_room
 from dpo_kit.start import is_made, make_start
@@ -62,6 +67,30 @@ def test_a_policy_of_another_corpus_is_refused(content, tmp_path):
     assert is_made(changed(content, "sft", train=quieter), tmp_path / "run")
     with pytest.raises(InputError, match=r"run/sft: field 'sft.documents': .* with 4 and the recipe says 3"):
         make_start(changed(content, "sft", documents=3), tmp_path / "run", print)
+
+
+def test_a_stage_that_was_stopped_goes_on(content, tmp_path, monkeypatch):
+    """With the weights that it would have had, to the bit; and only by the recipe that it began with."""
+    train = {"max_steps": 4, "batch_size": 2, "disable_tqdm": True, "use_cpu": True, "bf16": False}
+    content["sft"] = {"corpus": [str(tmp_path / "texts.txt")], "max_length": 8, "train": train}
+    recipe = Recipe.check(content | {"candidates": None, "data": {"train": ["pairs.jsonl"]}})
+    make_start(recipe, tmp_path / "whole", print)
+
+    def terminated(self, args, state, control, **_):
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "on_step_begin", terminated)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM after step 3"):
+        make_start(recipe, tmp_path / "run", print)
+    monkeypatch.undo()
+    longer = changed(content, "sft", train=train | {"max_steps": 5})
+    with pytest.raises(InputError, match=r"field 'sft.train.max_steps': .* with 4 and the recipe says 5"):
+        is_made(longer, tmp_path / "run")
+    make_start(recipe, tmp_path / "run", print)
+    one, other = (load_file(tmp_path / name / "sft/model/model.safetensors") for name in ("whole", "run"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_stopped_while_it_samples_is_a_run(content, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -213,7 +214,7 @@ def test_the_second_call_reads_the_cache(tokenizer: CountingTokenizer, cache: Pa
     again = tokenize_pairs(many(40).select(range(30)), tokenizer, num_proc=2)
     assert tokenizer.calls == 0
     assert (ids(again), again.counts) == (ids(first), first.counts)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.arrow"))) == 1
 
 
 def test_what_changes_the_ids_changes_the_key(tokenizer: CountingTokenizer, cache: Path) -> None:
@@ -230,7 +231,7 @@ def test_what_changes_the_ids_changes_the_key(tokenizer: CountingTokenizer, cach
     tokenize_pairs(data, tokenizer, chat_template_kwargs={"enable_thinking": False})
     tokenizer.chat_template = CHATML
     tokenize_pairs(data, tokenizer)
-    assert len(list(cache.iterdir())) == 7
+    assert len(list(cache.glob("*.arrow"))) == 7
 
 
 def test_an_interrupted_write_is_not_taken(
@@ -259,7 +260,7 @@ def test_an_interrupted_write_is_not_taken(
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.999])
 def test_a_damaged_file_is_made_again(tokenizer: CountingTokenizer, cache: Path, share: float) -> None:
     expected = ids(tokenize_pairs(many(), tokenizer))
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.arrow")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     with pytest.warns(DpoKitWarning, match="damaged"):
@@ -268,9 +269,31 @@ def test_a_damaged_file_is_made_again(tokenizer: CountingTokenizer, cache: Path,
     assert file.read_bytes() == whole
 
 
+def test_a_changed_byte_is_noticed(tokenizer: CountingTokenizer, cache: Path) -> None:
+    """Arrow reads such a file without a word: other ids would be trained on."""
+    expected = ids(tokenize_pairs(many(), tokenizer))
+    (file,) = cache.glob("*.arrow")
+    (column,) = {tuple(row[0]) for row in expected[:1]}
+    found = bytearray(file.read_bytes())
+    place = found.index(np.asarray(column, np.int32).tobytes())
+    found[place] ^= 1
+    file.write_bytes(found)
+    with pytest.warns(DpoKitWarning, match="damaged"):
+        assert ids(tokenize_pairs(many(), tokenizer)) == expected
+
+
+def test_a_file_without_its_digests_is_not_taken(tokenizer: CountingTokenizer, cache: Path) -> None:
+    tokenize_pairs(many(), tokenizer)
+    (digests,) = cache.glob("*.digests.json")
+    digests.unlink()
+    with pytest.warns(DpoKitWarning, match="not written whole"):
+        tokenize_pairs(many(), tokenizer)
+    assert digests.exists()
+
+
 def test_a_cache_file_with_rows_missing_is_made_again(tokenizer: CountingTokenizer, cache: Path) -> None:
     expected = ids(tokenize_pairs(many(), tokenizer))
-    (file,) = cache.iterdir()
+    (file,) = cache.glob("*.arrow")
     table = pa.ipc.open_stream(file.read_bytes()).read_all()
     with pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table.slice(0, 10))

@@ -135,6 +135,8 @@ def _in_memory(
 def _check_base_stays(policy: nn.Module) -> None:
     """Raises InputError where a policy without its adapter would change in training."""
     check_has_adapters(policy)
+    for config in unwrap(policy).peft_config.values():  # type: ignore[union-attr, operator]
+        check_leaves_base(config, field="reference.mode")
     if trained := trained_base_parameters(policy):
         more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""
         raise InputError(

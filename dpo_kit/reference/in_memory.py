@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dpo_kit.adapters import check_leaves_base, read_config
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import active_adapters
 from dpo_kit.logprob import HeadInputs
@@ -274,13 +275,9 @@ def load_adapter(policy: nn.Module, folder: Path, name: str = "reference") -> st
         InputError: no safetensors adapter in there, or not one for this policy.
     """
     check_has_adapters(policy)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(
-            "the folder has no adapter (adapter_model.safetensors)",
-            file=folder,
-            field="reference.adapter",
-            mend="Save the adapter with save_pretrained(); pickled weights (*.bin) are never loaded.",
-        )
+    config = read_config(folder, field="reference.adapter")
+    # It would change the weights of the policy, which has them too.
+    check_leaves_base(config, field="reference.adapter", file=folder)
     inner: Any = unwrap(policy)
     try:
         inner.load_adapter(str(folder), name, is_trainable=False)
