@@ -1,12 +1,12 @@
-"""Adapters of peft: which can be trained here, new ones by their fields, and those of a folder on a model.
+"""Adapters of peft: new ones by their fields, and those of a folder on a model.
 
-Loading the base model is the caller's business (`models`), and so is merging (`merging`).
+Which kinds there are is told by `adapter_kinds`. Loading the base model is the caller's business (`models`),
+and so is merging (`merging`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,51 +21,13 @@ from dpo_kit.adapter_folders import (
     WEIGHTS_FILE,
     in_a_line,
     read_adapter,
+    reads_rewards,
     trained_quantization,
     unusable,
 )
+from dpo_kit.adapter_kinds import SUPPORTED, check_kind, check_new, check_supported, nearest
 from dpo_kit.errors import DpoKitWarning, InputError
 
-# Kinds that were measured to be right here, with peft 0.21: token trees and padded rows give the log-probs of
-# separate sequences, training mode those of eval mode, the reference's key changes with every trained number,
-# switched off they leave the base model, and saved and loaded they are the same bit for bit.
-SUPPORTED = frozenset(
-    {
-        *("LORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "C3A", "BEFT", "MISS", "ROAD", "FROD"),
-        *("OSF", "DEFT", "HIRA", "GLORA", "SHIRA", "PSOFT", "VBLORA", "UNILORA", "DELORA", "GRALORA"),
-        *("WAVEFT", "PEANUT", "RANDLORA", "TINYLORA", "FOURIERFT", "LN_TUNING", "SUPERTUNING"),
-        "TRAINABLE_TOKENS",
-    }
-)
-# Why the others are not.
-_REFUSED = {
-    "ADALORA": "its ranks are dealt out anew by a call in every step, which this trainer does not make",
-    "ADAMSS": "its subspaces are chosen by a callback in every step, which this trainer does not have",
-    "ADAPTION_PROMPT": "it hides in attention layers where the key of a cached reference cannot see it",
-    "LILY": "what it adds to a token depends on the other sequences of a batch",
-    "POLY": "it wants the number of a task with each sequence",
-    "PVERA": "it draws random numbers in training, which sequences that share a prefix would have in common",
-    "SHADOW": "its forward is not that of a causal LM",
-    "XLORA": "it mixes other adapters by a second forward of its own",
-}
-# How LoRA may start; of data: by a pass over it, without which peft quietly starts otherwise, or fails.
-_STARTS = ("gaussian", "orthogonal", "mica", "pissa", "olora")
-_STARTS_OF_DATA = ("eva",)
-# Those that take their first product out of the base model's weights.
-_STARTS_IN_BASE = ("pissa", "olora")
-_LOST_BASE = "it changes the base model's weights, and not in the same way when the saved adapter is loaded"
-# Fields of LoraConfig that make another kind of adapter of it.
-_LORA_VARIANTS = {
-    "alora_invocation_tokens": "it acts from a token of each sequence on, which rows of a token tree do not tell",
-    "arrow_config": "it mixes other adapters by what each token needs",
-    "kasa_config": _LOST_BASE,
-    "lora_ga_config": _LOST_BASE,
-    "megatron_config": "it was never tried here",
-    "monteclora_config": "it draws random numbers in training, which sequences that share a prefix would share",
-    "use_bdlora": "it was never tried here",
-    "use_qalora": "it was never tried here",
-    "velora_config": "it was never tried here",
-}
 # By whether a reward model is trained.
 _TASKS = {True: REWARD_TASK, False: "CAUSAL_LM"}
 
@@ -96,112 +58,23 @@ def new_adapter(
         raise InputError("no peft_type", field=field, mend="Say which kind, e.g. peft_type: LOHA.")
     kind = str(given.pop("peft_type")).upper()
     if kind not in kinds:
-        mend = _nearest(kind, kinds.keys() & SUPPORTED)
+        mend = nearest(kind, kinds.keys() & SUPPORTED)
         raise InputError(f"peft has no '{kind}'", field=f"{field}.peft_type", mend=mend)
     made = kinds[kind]
-    _check_kind(kind, made, field=f"{field}.peft_type")
+    check_kind(kind, made, field=f"{field}.peft_type")
     if isinstance(given.get("modules_to_save"), str):
         # peft would take it for a list of letters.
         raise InputError("expected a list", field=f"{field}.modules_to_save", mend="As in [lm_head].")
     known = {each.name for each in dataclasses.fields(made) if each.init} - {"peft_type"}
     for name in given:
         if name not in known:
-            raise InputError("unknown key", field=f"{field}.{name}", mend=_nearest(str(name), known))
+            raise InputError("unknown key", field=f"{field}.{name}", mend=nearest(str(name), known))
     try:
         config = made(**({"task_type": _TASKS[rewards]} | given))
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(in_a_line(error), field=field) from error
     check_new(config, field=field)
     return config
-
-
-def check_supported(config: Any, *, field: str, file: str | Path | None = None) -> None:
-    """Refuse the configuration of an adapter that cannot be scored here, nor trained.
-
-    Raises:
-        InputError: with the reason.
-    """
-    _check_kind(_kind(config), type(config), field=field, file=file)
-    for name, reason in _LORA_VARIANTS.items():
-        if getattr(config, name, None):
-            raise InputError(
-                f"this variant of LoRA is not supported: {reason}",
-                file=file,
-                field=f"{field}.{name}",
-                mend="Leave it out.",
-            )
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in _STARTS + _STARTS_OF_DATA:
-        lost = start.lower().startswith(("pissa_niter_", "corda", "loftq", "lora_ga"))
-        raise InputError(
-            f"LoRA that starts by '{start}' is not supported: {_LOST_BASE if lost else 'it is not known'}",
-            file=file,
-            field=f"{field}.init_lora_weights",
-            mend=f"Known: true, false, {', '.join(_STARTS)}.",
-        )
-
-
-def check_new(config: Any, *, field: str = "peft_config") -> None:
-    """Refuse the configuration of an adapter that cannot be made and trained here.
-
-    Raises:
-        InputError: with the reason.
-    """
-    check_supported(config, field=field)
-    start = getattr(config, "init_lora_weights", True)
-    if start in _STARTS_OF_DATA:
-        raise InputError(
-            f"'{start}' takes a pass over data before training, which is not made here",
-            field=f"{field}.init_lora_weights",
-            mend="Leave it out, or make the adapter with peft and hand the model over, or name it as "
-            "model.adapter.",
-        )
-
-
-def check_names(config: Any, model: nn.Module) -> None:
-    """Refuse names of layers or parameters that a model does not have: peft passes over those among others.
-
-    Args:
-        config: of a new adapter.
-        model: the base model.
-
-    Raises:
-        InputError: naming them.
-    """
-    layers = [name for name, _ in model.named_modules()]
-    places = {
-        "target_modules": layers,
-        "modules_to_save": layers,
-        "target_parameters": [name for name, _ in model.named_parameters()],
-    }
-    for field, known in places.items():
-        asked = getattr(config, field, None)
-        if asked is None or isinstance(asked, str):
-            # A pattern, which peft refuses where nothing is like it.
-            continue
-        if lost := sorted(str(n) for n in asked if not any(f".{k}".endswith(f".{n}") for k in known)):
-            last = {name.rpartition(".")[2] for name in known} - {""}
-            raise InputError(
-                f"the model has none of that name: {', '.join(lost)}",
-                field=f"model.lora.{field}",
-                mend=_nearest(lost[0], {name for name in last if not name.isdigit()}),
-            )
-
-
-def check_leaves_base(config: Any, *, field: str, file: str | Path | None = None) -> None:
-    """Refuse the configuration of an adapter without which the model is not the base it was made on.
-
-    Raises:
-        InputError: with the reason.
-    """
-    if (start := getattr(config, "init_lora_weights", True)) in _STARTS_IN_BASE:
-        raise InputError(
-            f"'{start}' takes the adapter's start out of the base model's weights: with the adapter switched "
-            "off they are no model that there was before",
-            file=file,
-            field=field,
-            mend="Set reference.mode to auto, cached or live.",
-        )
 
 
 def check_one_adapter(fields: Mapping[str, Any], *, has_sft: bool) -> None:
@@ -246,7 +119,8 @@ def put_adapter(
             not finite; or an adapter of another base model.
     """
     folder = Path(folder)
-    read_config(folder)
+    config = read_config(folder)
+    _check_purpose(config, folder, model)
     from peft import PeftModel
 
     with warnings.catch_warnings(record=True) as told:
@@ -270,6 +144,15 @@ def put_adapter(
         )
         warnings.warn(message, DpoKitWarning, stacklevel=3)
     return adapted
+
+
+def _check_purpose(config: Any, folder: Path, model: nn.Module) -> None:
+    """Raises InputError where one of model and adapter is to give rewards and the other is not."""
+    rewards = isinstance(getattr(model, "score", None), nn.Module)
+    if reads_rewards(folder) and not rewards:
+        raise unusable("it is an adapter of a reward model, and is put on a causal LM", folder)
+    if rewards and config.task_type == _TASKS[False]:
+        raise unusable("it is an adapter of a causal LM, and is put on a reward model", folder)
 
 
 def read_config(folder: Path, field: str = "model.adapter") -> Any:
@@ -296,7 +179,7 @@ def read_config(folder: Path, field: str = "model.adapter") -> Any:
 
 
 def saved_adapters(model: Any) -> list[str]:
-    """Names of a peft model's adapters that are saved with it: not those that are only there to be compared with."""
+    """Names of a peft model's adapters that are saved: all but frozen ones that it is compared with."""
     on = model.active_adapters
     return [name for name, config in model.peft_config.items() if name in on or not config.inference_mode]
 
@@ -359,27 +242,6 @@ def _require_peft(field: str) -> None:
         raise InputError("adapters need peft, which is not installed", field=field, mend=mend) from error
 
 
-def _check_kind(kind: str, config_class: Any, *, field: str, file: str | Path | None = None) -> None:
-    from peft.config import PromptLearningConfig
-
-    if kind in SUPPORTED:
-        return
-    if issubclass(config_class, PromptLearningConfig):
-        reason = "it puts virtual tokens before a prompt, for which token trees have no place"
-    else:
-        reason = _REFUSED.get(kind, "it was never tried here")
-    raise InputError(
-        f"adapters of kind {kind} are not supported: {reason}",
-        file=file,
-        field=field,
-        mend=f"Known: {', '.join(sorted(SUPPORTED))}.",
-    )
-
-
-def _kind(config: Any) -> str:
-    return str(getattr(config.peft_type, "value", config.peft_type))
-
-
 def _check_finite(folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -391,8 +253,3 @@ def _check_finite(folder: Path) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise unusable(f"numbers of the adapter are not finite: {name}", folder)
-
-
-def _nearest(key: str, known: Any) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."

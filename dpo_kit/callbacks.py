@@ -161,10 +161,10 @@ def _lines_until(path: Path, state: TrainerState) -> list[str]:
         logged.get("step") == step and "train_runtime" not in logged for logged in state.log_history
     )
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            at = json.loads(line).get("step", 0)
-        except json.JSONDecodeError:
+            at = int(json.loads(line)["step"])
+        except (ValueError, TypeError, LookupError):
             continue
         of_step -= at == step
         if line.endswith("\n") and (at < step or (at == step and of_step >= 0)):

@@ -5,20 +5,18 @@ Reads and renames; what a checkpoint holds is written by `checkpoints`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
 
 from dpo_kit import ranks
 from dpo_kit.checkpoint_files import damage, pickles_in
 from dpo_kit.disk import sync_folder
 from dpo_kit.errors import DpoKitWarning, InputError
-
-T = TypeVar("T")
 
 # In a folder of checkpoints: what is being written, and what is being removed.
 WRITING, REMOVING = ".writing", ".removing"
@@ -42,7 +40,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         InputError: none is good; or there is one with pickles, which earlier versions wrote.
     """
-    return _by_first(lambda: _newest_good(folder / "checkpoints"))
+    return ranks.by_first(lambda: _newest_good(folder / "checkpoints"))
 
 
 def check_whole(checkpoint: Path) -> None:
@@ -51,7 +49,7 @@ def check_whole(checkpoint: Path) -> None:
     Raises:
         InputError: naming what is wrong.
     """
-    _by_first(lambda: _check_whole(checkpoint))
+    ranks.by_first(lambda: _check_whole(checkpoint))
 
 
 def _check_whole(checkpoint: Path) -> None:
@@ -63,18 +61,21 @@ def _check_whole(checkpoint: Path) -> None:
         raise InputError(f"the checkpoint is damaged: {problem}", file=checkpoint, mend=mend)
 
 
-def _by_first(look: Callable[[], T]) -> T:
-    """What rank 0 finds, on all ranks; what it raises is raised on all."""
-    found: T | InputError | None = None
-    if ranks.is_first():
-        try:
-            found = look()
-        except InputError as error:
-            found = error
-    found = ranks.broadcast(found)
-    if isinstance(found, InputError):
-        raise found
-    return found  # type: ignore[return-value]
+@contextlib.contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Around what takes over a part of a checkpoint, which may be whole and yet make no sense.
+
+    Raises:
+        InputError: naming the checkpoint, for what reading such content raises.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, FileNotFoundError) as error:
+        raise InputError(
+            f"the checkpoint cannot be read ({type(error).__name__}: {error})",
+            file=checkpoint,
+            mend="Move it away: --resume takes the newest of the others.",
+        ) from error
 
 
 def _newest_good(folder: Path) -> Path | None:

@@ -76,6 +76,12 @@ def read_shards(folder: Path, into: Mapping[str, Tensor]) -> None:
         )
 
 
+def precisions(folder: Path) -> dict[str, torch.dtype]:
+    """The dtypes of the tensors in the safetensors files of a folder, by name."""
+    known = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: about.properties.dtype for name, about in known.items()}  # type: ignore[union-attr]
+
+
 def read_alike(folder: Path, owners: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a folder, each spread over ranks as its owner is, where that is spread and of its shape.
 

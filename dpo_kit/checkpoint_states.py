@@ -27,7 +27,14 @@ from dpo_kit.checkpoint_files import (
     write_json,
     write_tensors,
 )
-from dpo_kit.checkpoint_shards import is_sharded, model_tensors, read_alike, read_shards, write_shards
+from dpo_kit.checkpoint_shards import (
+    is_sharded,
+    model_tensors,
+    precisions,
+    read_alike,
+    read_shards,
+    write_shards,
+)
 from dpo_kit.errors import DpoKitWarning
 from dpo_kit.ranks import is_first
 
@@ -80,6 +87,7 @@ def load_sharded_model(model: Any, folder: Path) -> bool:
     """
     shards = folder / _MODEL_SHARDS
     if shards.is_dir():
+        _widen(model, shards)
         read_shards(shards, model_tensors(model))
         return True
     if not is_sharded(model.parameters()):
@@ -89,6 +97,24 @@ def load_sharded_model(model: Any, folder: Path) -> bool:
     else:
         read_shards(folder, model_tensors(model))
     return True
+
+
+def _widen(model: Any, shards: Path) -> None:
+    """Give parameters the precision of a sharded checkpoint, where that has more, with a warning.
+
+    accelerate shards in fp32 what was loaded in less: the bits by which small updates differ are there alone.
+    """
+    known, widened = precisions(shards), False
+    for name, value in model.named_parameters():
+        kept = known.get(plain_name(name), value.dtype)
+        if kept.itemsize > value.dtype.itemsize:
+            value.data, widened = value.data.to(kept), True
+    if widened and is_first():
+        message = (
+            f"{shards.parent} was written in shards, which keep more bits than model.dtype has: weights are "
+            "fp32 from here on, and round otherwise than before"
+        )
+        warnings.warn(message, DpoKitWarning, stacklevel=2)
 
 
 def _load_adapter(model: Any, folder: Path) -> None:
@@ -169,7 +195,16 @@ def _optimizer_tensors(tree: Any, folder: Path, parameters: Mapping[str, Tensor]
         return read_tensors(whole)
     # A name is optimizer/state/PARAMETER/...; see `checkpoint_files.split_tree`.
     owners = {name: parameters.get(name.split("/")[2], torch.empty(0)) for name in _names(tree)}
-    return read_alike(shards if shards.is_dir() else folder, owners)
+    found = read_alike(shards if shards.is_dir() else folder, owners)
+    return (
+        found if shards.is_dir() else {name: _widened(value, owners[name]) for name, value in found.items()}
+    )
+
+
+def _widened(value: Tensor, owner: Tensor) -> Tensor:
+    """A state in the precision of a parameter that had less of it before it was sharded."""
+    narrow = value.is_floating_point() and value.shape == owner.shape and value.itemsize < owner.itemsize
+    return value.to(owner.dtype) if narrow else value
 
 
 def _names(tree: Any) -> list[str]:

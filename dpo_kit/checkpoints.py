@@ -40,6 +40,7 @@ from dpo_kit.checkpoint_folders import (
     name_whole,
     newest_checkpoint,
     put_aside,
+    reading,
     remove_old,
     steps_in,
 )
@@ -63,6 +64,7 @@ class Counts:
         running: of the objective's running means; see `dpo_kit.losses.Objective.averaged`.
         reference_tokens: that filling a cached reference took.
         loss: sum of the mean losses of all steps.
+        left_out: steps that were not finite, in a row until now.
         unlogged: of the training metrics since the last logged line; see `WeightedMeans.state`.
     """
 
@@ -73,6 +75,7 @@ class Counts:
     running: list[float | None] = field(default_factory=list)
     reference_tokens: int = 0
     loss: float = 0.0
+    left_out: int = 0
     unlogged: list[Any] = field(default_factory=list)
 
     def add(self, batch: MicroBatch) -> None:
@@ -127,7 +130,8 @@ class CheckpointingTrainer(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             check_whole(Path(resume_from_checkpoint))
-            self._load_more(Path(resume_from_checkpoint))
+            with reading(Path(resume_from_checkpoint)):
+                self._load_more(Path(resume_from_checkpoint))
         self._began = time.perf_counter()
         if self.args.should_save:
             clear_up(self.checkpoint_folder)
@@ -142,10 +146,13 @@ class CheckpointingTrainer(Trainer):
 
     def _finished(self, checkpoint: Path) -> TrainOutput | None:
         """Load a checkpoint that has all its steps: transformers would train one more in mid-epoch."""
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if not 0 < self.args.max_steps <= state.global_step:
-            return None
-        self._load_from_checkpoint(str(checkpoint))
+        with reading(checkpoint):
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if not 0 < self.args.max_steps <= state.global_step:
+                return None
+        self._find_best(state)
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(checkpoint))
         state.is_local_process_zero = self.is_local_process_zero()
         state.is_world_process_zero = self.is_world_process_zero()
         self.state = state
@@ -232,7 +239,7 @@ class CheckpointingTrainer(Trainer):
         kept = f"step-{max(steps)}, the newest one, is kept" if steps else "there is none before it"
         raise TrainingError(
             f"{folder}: the checkpoint of step {self.state.global_step} could not be written: {problems[0]}; "
-            f"{kept}. Make room, and go on with --resume."
+            f"{kept}. Mend that, and go on with --resume."
         ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -288,12 +295,22 @@ class CheckpointingTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        self._find_best(self.state)
+
+    def _find_best(self, state: TrainerState) -> None:
+        """Have a state that was read name the best checkpoint where it lies now: runs may be moved."""
+        best = self.checkpoint_folder / f"step-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
+
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoint_states.load_optimizer(self, Path(checkpoint))
+            with reading(Path(checkpoint)):
+                checkpoint_states.load_optimizer(self, Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing: it is read with the optimiser."""

@@ -46,11 +46,23 @@ CacheDir = Annotated[
 ]
 
 
+# What several processes can do together.
+_SHARED = ("train", "cache")
+
+
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Taken from the arguments by `main`; here for --help."""
+    """The option is taken from the arguments by `main`; here for --help."""
+    from dpo_kit.errors import InputError
+
+    if _several() and context.invoked_subcommand not in _SHARED:
+        raise InputError(
+            f"{context.invoked_subcommand} is done by one process, and several were started",
+            mend="Start it without torchrun or accelerate launch.",
+        )
 
 
 _debug = False
@@ -59,6 +71,8 @@ _debug = False
 _ended_by = 0
 # How long another rank waits for the first one to say what is wrong.
 _PATIENCE_S = 30.0
+# What gloo says on the ranks that wait for one that has ended.
+_LOST = ("Connection closed by peer", "Connection reset by peer")
 
 
 @app.command()
@@ -303,6 +317,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def _several() -> bool:
+    """Whether a launcher has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def _end(number: int, frame: Any) -> None:
     """A signal that is to end the command: as no Exception, which somebody might take for another failure."""
     global _ended_by
@@ -351,7 +370,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not _ended_by:
             raise
         how = "terminated" if _ended_by == signal.SIGTERM else "interrupted"
-        _fail(f"{how} (train --resume goes on from the newest checkpoint)", 128 + _ended_by)
+        mend = " (--resume goes on from the newest checkpoint)" if arguments[:1] == ["train"] else ""
+        _fail(f"{how}{mend}", 128 + _ended_by)
     except StoppedError as error:
         _fail(str(error), error.exit_status)
     except DpoKitError as error:
@@ -359,4 +379,6 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if reason := refusal(error):
             _fail(f"error: {getattr(error, 'filename', None) or 'the disk'}: {reason}", 1)
+        if _several() and any(lost in str(error) for lost in _LOST):
+            _fail("stopped: another rank has ended, and its own message says why", 1)
         _fail(f"failed: {type(error).__name__}: {error}\n(--debug before the command shows where)", 1)

@@ -112,13 +112,13 @@ def fill(
         common: dict[str, Any] = {"plan": plan, "device": args.device, "progress": bar.update}
         if together is None:
             ours = {"rank": args.process_index, "ranks": args.world_size}
-            filled.computed += reference.fill(groups(), settle=settle, **common, **ours)
+            # All wait, however long: one of them may have more that is missing.
+            filled.computed += ranks.each(lambda: reference.fill(groups(), settle=settle, **common, **ours))
         else:
             assert planner.filler is not None
             filler = planner.whole([planner.filler])
             filled.computed += reference.fill_together(together, groups(), filler=filler, **common)
     if args.world_size > 1:
-        # However long the others take: they may have more that is missing.
         ranks.wait()
         reference.reload()
     filled.seconds += time.perf_counter() - started

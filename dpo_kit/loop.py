@@ -87,12 +87,14 @@ class TrainingLoop(CheckpointingTrainer):
     def _load_more(self, folder: Path) -> None:
         super()._load_more(folder)
         self._logged_pairs = self._counts.over_ranks().pairs
+        self._nonfinite.in_a_row = self._counts.left_out
         if is_first():
             self._means["train"] = WeightedMeans.of_state(self._counts.unlogged, self.args.device)
 
     def _counts_now(self) -> Counts:
         means = WeightedMeans.merged(gather(self._means["train"].cpu()))
-        return replace(super()._counts_now(), unlogged=means.state())
+        left_out = self._nonfinite.in_a_row
+        return replace(super()._counts_now(), unlogged=means.state(), left_out=left_out)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **keywords: Any
@@ -211,7 +213,9 @@ class TrainingLoop(CheckpointingTrainer):
             self._take_in("train")
         else:
             self._counts.running = running
-        return (losses * weights).sum() / totals.divisor
+        loss = (losses * weights).sum() / totals.divisor
+        # Where one rank's is not finite, none has a part in the mean that is logged.
+        return loss if self._is_finite else torch.full_like(loss, torch.nan)
 
     def _fitting(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A planned step, cut again where it was planned before memory ran out."""
@@ -403,6 +407,10 @@ class TrainingLoop(CheckpointingTrainer):
         for planned in batches:
             batch = planned.to(self.args.device)
             yield batch.sources, self._losses(model, batch, "eval")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As transformers has it; save_strategy "best" saves where it is true, and so where a run stops."""
+        return super()._determine_best_metric(metrics, trial) or bool(self._stop.agreed)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six per parameter and distinct token, the reference's forward left out."""

@@ -183,6 +183,14 @@ class SampleTracker(TrainerCallback):
         if ranks.broadcast(lacks):
             self.measure(0)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Know what the run that is resumed has measured."""
+        measured = (line.get("step") for line in state.log_history if "eval_reply_tokens" in line)
+        if state.global_step in measured:
+            self._last = state.global_step
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:

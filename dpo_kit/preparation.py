@@ -14,7 +14,8 @@ from datasets import Dataset
 from torch import nn
 
 from dpo_kit.adapter_folders import REWARD_TASK, in_a_line
-from dpo_kit.adapters import check_names, check_new, check_trains, name_base
+from dpo_kit.adapter_kinds import check_names, check_new
+from dpo_kit.adapters import check_trains, name_base
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.examples import Example, example_of
@@ -140,7 +141,9 @@ def _with_new_adapter(policy: nn.Module, config: Any, *, rewards: bool, seed: in
             raise InputError(str(error), field="model.lora", mend=_LORA_MEND[rewards]) from error
         # Each kind of adapter has errors of its own for fields that do not go with each other or the model.
         except Exception as error:
-            raise InputError(f"peft cannot make this adapter: {in_a_line(error)}", field="model.lora") from error
+            raise InputError(
+                f"peft cannot make this adapter: {in_a_line(error)}", field="model.lora"
+            ) from error
     check_trains(policy)
     return policy
 

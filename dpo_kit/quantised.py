@@ -33,6 +33,7 @@ _KNOWN = (
     *("load_in_4bit", "load_in_8bit", "llm_int8_skip_modules", "bnb_4bit_compute_dtype"),
     *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage"),
 )
+_TYPES = ("nf4", "fp4")
 # Fields of BitsAndBytesConfig that are not taken, and why.
 _WITHOUT_MEANING = {
     "llm_int8_threshold": "activations are not rounded here, so that no outliers are set apart",
@@ -71,6 +72,9 @@ def quantization_fields(setting: Quantization) -> dict[str, Any]:
             field=_FIELD,
             mend="Set load_in_4bit or load_in_8bit to true.",
         )
+    if (kind := setting.get("bnb_4bit_quant_type", "nf4")) not in _TYPES:
+        field = f"{_FIELD}.bnb_4bit_quant_type"
+        raise InputError(f"unknown type '{kind}'", field=field, mend=f"Known: {', '.join(_TYPES)}.")
     _config(dict(setting))
     return dict(setting)
 
@@ -157,7 +161,8 @@ def check_trainable(policy: nn.Module) -> None:
     """Refuse a quantised policy that cannot be trained.
 
     Raises:
-        InputError: there is no adapter to train, or another library than bitsandbytes quantised it.
+        InputError: there is no adapter to train, or one that is no LoRA; or another library than
+            bitsandbytes quantised it.
     """
     settings: Any = getattr(getattr(policy, "config", None), "quantization_config", None)
     layers = quantised_layers(policy)
@@ -176,6 +181,14 @@ def check_trainable(policy: nn.Module) -> None:
             field="model.lora",
             mend="Train an adapter: model.lora={r: 16, target_modules: all-linear}; or leave out "
             "model.quantization.",
+        )
+    inner: Any = policy
+    kinds = {str(inner.peft_config[name].peft_type.value) for name in inner.active_adapters}
+    if others := sorted(kinds - {"LORA"}):
+        raise InputError(
+            f"of a quantised base only LoRA is trained; {', '.join(others)} was not tested there",
+            field="model.peft",
+            mend="Take model.lora, or leave out model.quantization.",
         )
 
 

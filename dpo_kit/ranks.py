@@ -109,6 +109,20 @@ def agree(flag: bool) -> bool:
     return any(gather(flag))
 
 
+def each(work: Callable[[], T]) -> T:
+    """What some work comes to on this rank, once all have done theirs; or the error of ours of the first that
+    failed, on all: those that did not fail would wait for it."""
+    result, failure = None, None
+    try:
+        result = work()
+    except DpoKitError as error:
+        failure = error
+    for raised in gather(failure):
+        if raised is not None:
+            raise raised
+    return result  # type: ignore[return-value]
+
+
 def by_first(work: Callable[[], T]) -> T:
     """What rank 0 makes of some work, on all ranks; or the error of ours that it raises."""
     done: tuple[T | None, DpoKitError | None] = (None, None)

@@ -285,12 +285,6 @@ def _check_quantization(recipe: Recipe, adapted: bool) -> None:
     model = recipe.model
     assert model.quantization is not None
     quantization_fields(model.quantization)
-    if model.path is None and recipe.sft is None:
-        raise InputError(
-            "random weights are not quantised: a base that stays random has nothing to be adapted",
-            field="model.quantization",
-            mend="Name a model.path, or train the model first (sft).",
-        )
     if not adapted:
         raise InputError(
             "quantised weights cannot be trained, and there is no adapter",

@@ -54,6 +54,7 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
     if resume and (finished := finished_run(recipe, folder, resolved, say)):
         return finished
     # What can be wrong with the input is found before an earlier run is put aside and anything written.
+    _check_apart(recipe, folder)
     check_start(recipe)
     parts = None if started(recipe, folder) is not recipe else _prepared(recipe, config, say)
     ranks.wait()
@@ -64,6 +65,29 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, say: Say = print) -> Run
             recipe = started(recipe, folder)
             parts = _prepared(recipe, config, say)
         return _carry_out(recipe, resolved, config, parts, figures, resume, say)
+
+
+def _check_apart(recipe: Recipe, folder: Path) -> None:
+    """Refuse a recipe that starts from what lies in its run's own folder, which would be put aside with it.
+
+    Raises:
+        InputError: naming the key.
+    """
+    model, reference = recipe.model, recipe.reference
+    named = {"model.adapter": model.adapter, "model.path": model.path, "model.tokenizer": model.tokenizer}
+    named |= {"reference.path": reference.path, "reference.adapter": reference.adapter}
+    for field, place in named.items():
+        if (
+            place is not None
+            and Path(place).is_dir()
+            and Path(place).resolve().is_relative_to(folder.resolve())
+        ):
+            raise InputError(
+                "it lies in the run's own folder, which the run is to write",
+                file=place,
+                field=field,
+                mend="Name another folder as train.output_dir.",
+            )
 
 
 def _prepared(recipe: Recipe, config: PreferenceConfig, say: Say) -> tuple[Any, ...]:

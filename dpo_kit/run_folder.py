@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -28,6 +27,7 @@ from dpo_kit.disk import writing
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import digest_weights
 from dpo_kit.quantised import count_parameters
+from dpo_kit.yaml_file import read_yaml
 
 # What a part of a run's start was made from, beside what was made.
 ORIGIN_FILE = "origin.json"
@@ -63,6 +63,10 @@ _TRAIN = (
     "batch_size",
     "seed",
     "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "optim",
     "lr_scheduler_type",
     "warmup_steps",
@@ -92,7 +96,7 @@ def check_same_run(folder: Path, resolved: dict[str, Any]) -> None:
         "reference.update_every": 512,
         "reference.update_weight": 0.6,
     }
-    before |= flat_keys(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    before |= flat_keys(read_yaml(folder / "recipe.yaml")[0])
     # As it comes back from a file: a tuple as a list.
     now = flat_keys(json.loads(json.dumps(resolved)))
     fixed_too = _of_eval(resolved)
@@ -123,7 +127,12 @@ def is_finished(folder: Path, resolved: dict[str, Any]) -> bool:
     """
     if not (folder / "summary.json").exists() or not (folder / "model").exists():
         return False
-    return bool(json.loads((folder / "summary.json").read_text()).get("recipe") == digest_recipe(resolved))
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except ValueError:
+        # Cut by a machine that lost its power: the end of the run is made again.
+        return False
+    return isinstance(summary, dict) and summary.get("recipe") == digest_recipe(resolved)
 
 
 def digest_recipe(resolved: dict[str, Any]) -> str:

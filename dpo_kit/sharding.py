@@ -20,12 +20,14 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from dpo_kit.errors import DpoKitWarning, InputError
 
-# What `accelerate launch` sets where its configuration shards.
+# What `accelerate launch` sets where its configuration shards, or has parallelism_config.
 _USE_FSDP = "ACCELERATE_USE_FSDP"
+_USE_PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _WRAP_POLICY = "FSDP_AUTO_WRAP_POLICY"
 
 
@@ -38,8 +40,15 @@ def check_wrappers(args: TrainingArguments) -> None:
     """Refuse what this cannot shard with, before anything is loaded onto a device.
 
     Raises:
-        InputError: the first version of FSDP, or shards for one process alone.
+        InputError: the first version of FSDP, shards for one process alone, or other parallelism.
     """
+    if args.parallelism_config is not None or _says_yes(_USE_PARALLELISM):
+        raise InputError(
+            "with tensor, context or sequence parallelism several ranks need the same pairs, and here each "
+            "has its own; copies of shards (HSDP) are not tested",
+            field="train.parallelism_config",
+            mend="Leave it out, in accelerate's configuration too; FSDP2 shards over all ranks.",
+        )
     asked = args.fsdp_plugin_args
     if asked is None and not _says_yes(_USE_FSDP):
         return
@@ -88,6 +97,22 @@ def shard_on_processors(accelerator: Accelerator, args: TrainingArguments) -> bo
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return True
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that was loaded in parts over ranks (tp_plan, or a distributed_config of its own).
+
+    Raises:
+        InputError: it is one.
+    """
+    cut = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if cut or (getattr(model, "_tp_size", None) or 1) > 1:
+        raise InputError(
+            "it lies in parts over ranks already (tp_plan, distributed_config): they would need the same "
+            "pairs, and here each has its own",
+            field="model",
+            mend="Load it without these, and shard with FSDP2 (train.fsdp: true).",
+        )
 
 
 def fit_to_model(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> None:

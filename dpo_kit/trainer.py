@@ -109,6 +109,7 @@ class PreferenceTrainer(TrainingLoop):
                 mend="Leave it out: the reference is then the policy as it was before the first step.",
             )
         policy = prepared_policy(model, peft_config, rewards=self.objective.needs_rewards, seed=args.seed)
+        sharding.check_model(policy)
         if self.objective.needs_rewards:
             settle_padding(policy, processing_class, train_dataset)
         if isinstance(train_dataset, Dataset) and len(train_dataset) < args.per_device_train_batch_size:

@@ -18,6 +18,7 @@ from dpo_kit.shown_text import holds_secret
 # Values of a file with its aliases written out, and its characters. A recipe has hundreds, and thousands.
 _MOST_VALUES = 100_000
 _MOST_CHARACTERS = 1 << 20
+_LONGEST_NUMBER = 1000
 # Of a plain value without a tag; !!python/object and its kind are none of these.
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{name}"
@@ -96,6 +97,9 @@ def _values_of(node: yaml.Node, known: dict[int, int], file: str | Path | None) 
         # PyYAML has the tag of the specification in its long form.
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         raise _refused(f"the tag {tag} is not read", node, file, "Write the value plainly, without a tag.")
+    if node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:
+        # 1:1:1:... is a number to base 60, and takes the square of its length.
+        raise _refused(f"a number of more than {_LONGEST_NUMBER} characters", node, file)
     known[id(node)] = 0
     inner: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):

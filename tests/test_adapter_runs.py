@@ -191,6 +191,39 @@ def test_one_adapter_is_asked_for_on_a_base_that_stays(world, tmp_path):
     check({"path": base, "adapter": str(bare)})
 
 
+def test_the_adapter_that_is_the_reference_is_not_saved_with_the_one_that_is_trained(world, tmp_path):
+    adapter, path = world / "run" / "model", recipe(world, world / "base", tmp_path / "run")
+    settings = ["reference.mode=adapter", f"reference.adapter={adapter}"]
+    assert run("train", path, *settings) == 0
+    found = {p.parent.name for p in (tmp_path / "run").rglob("adapter_model.safetensors")}
+    assert found == {"step-2", "step-4", "model"}
+    weights = trained(put_adapter(load_model(world / "base"), tmp_path / "run" / "model", trainable=True))
+    for left in ("model", "checkpoints/step-4"):
+        shutil.rmtree(tmp_path / "run" / left)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run("train", path, *settings, "--resume") == 0
+    again = trained(put_adapter(load_model(world / "base"), tmp_path / "run" / "model", trainable=True))
+    assert same(again, weights)
+
+
+def test_a_run_whose_start_lies_in_its_own_folder_is_refused(world, tmp_path, capsys):
+    shutil.copytree(world / "run", tmp_path / "run")
+    path = recipe(world, world / "base", tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    for field in ("model.adapter", "model.path", "reference.path"):
+        more = [] if field == "reference.path" else ["model.lora=null"]
+        assert run("train", path, *more, f"{field}={tmp_path / 'run' / 'model'}") == 2
+        assert f"field '{field}': it lies in the run's own folder" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_of_random_weights_is_refused_as_it_would_fit_nothing(world, tmp_path, capsys):
+    path = recipe(world, world / "base", tmp_path / "run")
+    random = ["model.path=null", "model.config={model_type: llama}", f"model.tokenizer={world / 'base'}"]
+    assert run("train", path, *random) == 2
+    assert "random weights are not adapted" in capsys.readouterr().err
+
+
 def test_where_an_adapter_cannot_be_trained_further_it_is_refused(world, tmp_path, capsys):
     adapter = world / "run" / "model"
     path = recipe(world, world / "base", tmp_path / "run")

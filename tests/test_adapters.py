@@ -5,12 +5,15 @@ import torch
 from families import make_model, make_pairs
 from test_trainer import make_dataset
 
-from dpo_kit.adapters import SUPPORTED, new_adapter, put_adapter
+from dpo_kit.adapter_kinds import SUPPORTED
+from dpo_kit.adapters import new_adapter, put_adapter
 from dpo_kit.config import PreferenceConfig
 from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.fingerprint import model_key
+from dpo_kit.models import load_reward_model
 from dpo_kit.packing import pack_tree
-from dpo_kit.reference import CachedReference, LiveReference, StartReference
+from dpo_kit.preparation import prepared_policy
+from dpo_kit.reference import CachedReference, LiveReference, StartReference, make_reference
 from dpo_kit.scoring import choose_layout, full_logit_logprobs, head_inputs, sequence_logprobs
 from dpo_kit.trainer import PreferenceTrainer
 
@@ -76,7 +79,13 @@ def make_trainer(folder, model, *, peft_config=None, dataset=None, **settings):
     return PreferenceTrainer(model, None, config, dataset or make_dataset(), peft_config=peft_config)
 
 
-@pytest.mark.parametrize("kind", sorted(SUPPORTED - {"LORA"}))
+ORDINARY = {"IA3", "LOHA", "OFT", "VERA", "LN_TUNING", "TRAINABLE_TOKENS"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ORDINARY else pytest.mark.slow) for k in sorted(SUPPORTED - {"LORA"})],
+)
 def test_a_supported_kind_is_right_on_trees_in_training_and_when_loaded_again(kind, tmp_path):
     fields = {"target_modules": ["q_proj", "v_proj", "up_proj"]} | FIELDS.get(kind, {})
     if kind == "TRAINABLE_TOKENS":
@@ -104,8 +113,67 @@ def test_a_supported_kind_is_right_on_trees_in_training_and_when_loaded_again(ki
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        *({"init_lora_weights": start} for start in ("gaussian", "orthogonal", "mica", "pissa", "olora")),
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"trainable_token_indices": [5, 6]},
+        {"layer_replication": [[0, 2], [0, 2]]},
+    ],
+    ids=str,
+)
+def test_lora_of_every_start_is_the_same_when_loaded_again(fields, tmp_path):
+    policy = moved(prepared_policy(untied(), new_adapter(LORA | fields), rewards=False, seed=3)).eval()
+    policy.save_pretrained(tmp_path)
+    loaded = put_adapter(untied(), tmp_path).eval()
+    logps = full_logit_logprobs(policy, PAIRS)
+    torch.testing.assert_close(full_logit_logprobs(loaded, PAIRS), logps, rtol=1e-4, atol=1e-4)
+    assert (full_logit_logprobs(untied().eval(), PAIRS) - logps).abs().max() > 1e-2
+
+
+def test_a_start_in_the_bases_weights_has_no_base_to_switch_to(tmp_path):
+    """With the adapter off it would be a model that never was; on the policy, its weights would be others."""
+    config = new_adapter(LORA | {"init_lora_weights": "pissa"})
+    policy = prepared_policy(untied(), config, rewards=False, seed=3)
+    with pytest.raises(
+        InputError, match=r"reference\.mode.*'pissa' takes .* out of the base model's weights"
+    ):
+        make_reference("adapter_off", policy, needed=True)
+    policy.save_pretrained(tmp_path / "pissa")
+    plain = prepared_policy(untied(), peft.LoraConfig(**LORA), rewards=False, seed=3)
+    before = full_logit_logprobs(plain.eval(), PAIRS)
+    with pytest.raises(InputError, match=r"reference\.adapter.*'pissa' takes"):
+        make_reference("adapter", plain, needed=True, adapter=str(tmp_path / "pissa"))
+    assert torch.equal(full_logit_logprobs(plain, PAIRS), before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": ["lm_heat"]}, r"modules_to_save.*none of that name: lm_heat.*'lm_head'"),
+        ({"target_modules": ["q_proj", "v_prj"]}, r"target_modules.*v_prj.*'v_proj'"),
+        ({"target_parameters": ["experts.up"]}, r"target_parameters.*experts\.up"),
+        ({"target_modules": "("}, r"model\.lora.*peft cannot make this adapter: .*unterminated"),
+        ({"trainable_token_indices": [9999]}, r"model\.lora.*out of bounds"),
+        ({"r": "8"}, r"model\.lora.*peft cannot make this adapter"),
+        ({"inference_mode": True}, "its adapter is frozen"),
+        ({"task_type": "SEQ_CLS"}, r"model\.lora\.task_type.*a causal LM is trained.*CAUSAL_LM"),
+    ],
+)
+def test_what_does_not_go_with_the_model_is_refused(fields, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        prepared_policy(untied(), new_adapter(LORA | fields), rewards=False, seed=0)
+
+
+@pytest.mark.parametrize(
     ("lora", "other", "message"),
     [
+        (None, {}, r"model\.peft.*no peft_type"),
+        (LORA | {"modules_to_save": "norm"}, None, r"model\.lora\.modules_to_save.*expected a list"),
+        (LORA | {"init_lora_weights": "pissa_niter_4"}, None, "not in the same way when the saved adapter"),
+        (LORA | {"init_lora_weights": "bogus"}, None, r"init_lora_weights.*not known.*gaussian"),
+        (LORA | {"kasa_config": {}}, None, r"kasa_config.*changes the base model's weights"),
         (None, {"peft_type": "LOHAA", "r": 2}, r"peft_type.*peft has no 'LOHAA'.*'LOHA'"),
         (None, {"r": 2}, r"model\.peft.*no peft_type"),
         (None, {"peft_type": "loha", "rr": 2}, r"model\.peft\.rr.*unknown key.*'r'"),
@@ -114,7 +182,7 @@ def test_a_supported_kind_is_right_on_trees_in_training_and_when_loaded_again(ki
         (None, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "virtual tokens"),
         (None, {"peft_type": "ADALORA", "total_step": 9}, "a call in every step"),
         (None, {"peft_type": "LILY"}, "the other sequences of a batch"),
-        (LORA | {"alora_invocation_tokens": [3]}, None, r"alora_invocation_tokens.*a token of each sequence"),
+        (LORA | {"alora_invocation_tokens": [3]}, None, r"alora_invocation_tokens.*from which token"),
         (LORA | {"init_lora_weights": "eva"}, None, r"init_lora_weights.*pass over data"),
         (LORA | {"task_type": "POEMS"}, None, r"model\.lora.*POEMS"),
     ],
@@ -148,6 +216,17 @@ def test_what_is_trained_beside_an_adapter_must_be_saved_with_it(tmp_path):
         peft.LoraConfig(r=2, target_modules=["c_attn"], bias="all"),
     )
     assert make_trainer(tmp_path, biased).layout == "tree"
+
+
+def test_adapters_of_reward_models_and_of_causal_ones_are_not_mixed_up(tmp_path):
+    continued(tmp_path / "causal", task_type="CAUSAL_LM")
+    value = load_reward_model(untied().config.to_dict())[0]
+    config = new_adapter(LORA, rewards=True)
+    prepared_policy(value, config, rewards=True, seed=0).save_pretrained(tmp_path / "rewards")
+    with pytest.raises(InputError, match="of a reward model, and is put on a causal LM"):
+        put_adapter(untied(), tmp_path / "rewards", trainable=True)
+    with pytest.raises(InputError, match="of a causal LM, and is put on a reward model"):
+        put_adapter(load_reward_model(untied().config.to_dict())[0], tmp_path / "causal")
 
 
 def test_of_several_adapters_in_a_folder_the_one_at_its_top_is_loaded(tmp_path):

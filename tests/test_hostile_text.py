@@ -319,7 +319,9 @@ BROKEN_YAML = {
     "a: &a {b: *a}": (1, "an alias contains itself"),
     "[" * 1_000: (None, "nested too deeply"),
     "a: 2024-13-45": (None, "month must be"),
-    "a: " + "9" * 5000: (None, "4300 digits"),
+    "a: " + "9" * 5000: (1, "a number of more than"),
+    # To base 60, which takes the square of the length.
+    "a: " + ":".join(["1"] * 200_000): (1, "a number of more than"),
     "a: \x1b[31m": (None, "not YAML"),
 }
 

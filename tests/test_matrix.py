@@ -167,8 +167,10 @@ def test_what_is_not_in_it_is_refused_with_the_reason(tmp_path: Path, base: Path
     with pytest.raises(InputError, match="no adapter"):
         make_trainer(tmp_path, model=whole, reference_mode="adapter_off")
     ia3 = get_peft_model(quantised(base, "4bit"), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(InputError, match="'adapter_4bit' was not tested") as caught:
+    with pytest.raises(InputError, match="only LoRA is trained; IA3 was not tested there"):
         make_trainer(tmp_path, model=ia3)
+    with pytest.raises(InputError, match="'adapter_4bit' was not tested") as caught:
+        check_combination(ia3, LiveReference(whole, is_policy=False), "tree", "cpu")
     assert "lora_4bit" in str(caught.value)
     lora, live = copy.deepcopy(start_of("lora_8bit", "cpu", base)), LiveReference(whole, is_policy=False)
     check_combination(lora, live, "tree", "cpu")

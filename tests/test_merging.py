@@ -90,9 +90,10 @@ def test_the_weights_are_written_as_the_base_has_them_or_as_asked(bases, tmp_pat
     found = merge_adapter(adapter, tmp_path / "out", say=quiet)
     assert found.dtype == "bfloat16"
     assert found.difference < 1e-4 < found.written < 1
-    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("exact", "out")}
-    for name, value in weights["exact"].items():
-        assert torch.equal(weights["out"][name], value.float().bfloat16())
+    merge_adapter(adapter, tmp_path / "float", dtype="float32", say=quiet)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("float", "out")}
+    for name, value in weights["float"].items():
+        assert torch.equal(weights["out"][name], value.bfloat16())
 
 
 def test_an_adapter_on_the_reward_model_it_was_trained_on(bases, tmp_path):
@@ -175,23 +176,24 @@ def test_the_command_prints_what_it_came_to(bases, tmp_path, capsys):
     assert found["difference"] < 1e-4 < found["effect"]
 
 
-def test_an_adapter_of_a_quantised_base_is_merged_into_what_that_stands_for(bases, tmp_path):
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_adapter_of_a_quantised_base_is_merged_into_what_that_stands_for(bits, bases, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the quantisation extra)")
     from dpo_kit.quantised import quantization_config
 
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(
-        f"model: {{path: {bases / 'plain'}, quantization: 4bit, lora: {{r: 4}}}}\n"
+        f"model: {{path: {bases / 'plain'}, quantization: {bits}, lora: {{r: 4}}}}\n"
         "data: {train: [pairs.jsonl]}\ntrain: {bf16: false}\n"
     )
-    quantised = load_model(bases / "plain", quantization=quantization_config("4bit", torch.float32))
+    quantised = load_model(bases / "plain", quantization=quantization_config(bits, torch.float32))
     adapter = save_adapter(None, run / "model", quantised)
     found = merge_adapter(adapter, tmp_path / "out", say=quiet)
     assert found.quantised
     assert found.difference < 1e-4
     stands_for = load_model(
-        bases / "plain", quantization=quantization_config("4bit", torch.float32)
+        bases / "plain", quantization=quantization_config(bits, torch.float32)
     ).dequantize()
     layer = "model.layers.0.self_attn.q_proj"
     factors = load_file(adapter / "adapter_model.safetensors")

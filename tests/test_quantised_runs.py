@@ -106,17 +106,30 @@ def test_a_run_under_bf16_autocast(world: Path, tmp_path: Path, bits: str) -> No
     assert 0 < found.summary["train_loss"] < 0.8
 
 
+def test_of_a_quantised_base_only_lora_is_trained(world: Path, tmp_path: Path) -> None:
+    other = {"peft_type": "LOHA", "target_modules": ["q_proj"]}
+    recipe = recipe_of(world, tmp_path / "run", {"quantization": "4bit", "peft": other})
+    with pytest.raises(InputError, match=r"model\.peft.*only LoRA is trained; LOHA was not tested"):
+        run_recipe(recipe, say=quiet)
+    assert not (tmp_path / "run").exists()
+
+
 def test_recipes_that_cannot_be_are_refused_at_once(world: Path, tmp_path: Path) -> None:
-    random = {"path": None, "config": {"model_type": "llama"}, "tokenizer": "x"}
     for model, field, problem in (
         ({"quantization": "4bit"}, "", "no adapter"),
         ({"quantization": {"load_in_4bit": True, "lowd": 1}, "lora": LORA}, ".lowd", "unknown"),
         ({"quantization": {}, "lora": LORA}, "", "neither"),
-        ({"quantization": "4bit", "lora": LORA} | random, "", "random weights"),
+        (
+            {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "lora": LORA},
+            ".bnb_4bit_quant_type",
+            "unknown type 'nf5'",
+        ),
     ):
         with pytest.raises(InputError, match=problem) as caught:
             recipe_of(world, tmp_path, model)
         assert caught.value.field == f"model.quantization{field}"
+    # Fields of LoraConfig that are all left as they are make an adapter too.
+    recipe_of(world, tmp_path, {"quantization": "4bit", "lora": {}})
     with pytest.raises(InputError) as caught:
         recipe_of(world, tmp_path, {"quantization": "3bit", "lora": LORA})
     assert caught.value.field.startswith("model.quantization")

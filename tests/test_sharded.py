@@ -1,7 +1,8 @@
 """Two ranks with the policy in shards (FSDP2) train as one process does: losses, metrics, norms, weights.
 
-The file is its own script, as test_ranks.py: started by torch.distributed.run it runs every case on two ranks
-(gloo, CPU), and the tests compare what that leaves with the same cases in one process.
+The file is its own script, as test_ranks.py: started by torch.distributed.run it runs cases on two ranks
+(gloo, CPU), and the tests compare what that leaves with the same cases in one process. The cases of `QUICK`
+are one launch, and all others, which are slow, another one.
 """
 
 import contextlib
@@ -9,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 from families import TREE_FAMILIES, make_model
 from safetensors.torch import load_file, save_file
@@ -22,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from dpo_kit import sharding
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import InputError
+from dpo_kit.errors import DpoKitWarning, InputError
 from dpo_kit.models import load_reward_model
 
 CONFIGURATIONS = Path(__file__).parents[1] / "configs" / "accelerate"
@@ -56,14 +59,16 @@ CASES = {
 }
 LOW = {
     "autocast": CUT | LIVE | {"bf16": True},
-    "low": CUT | LIVE | {"bf16": True, "dtype": torch.bfloat16},
+    "low": CUT | LIVE | {"bf16": True, "dtype": torch.bfloat16, "save_strategy": "steps", "save_steps": 2},
 }
+ALL = CASES | LOW
+QUICK = ("tied", "checkpointed_coupled", "each_batch", "cached", "low")
 # What is counted by rank, or measured.
 NOT_COMPARED = ("num_tokens", "total_flos", "runtime", "per_second")
 
 
 def trainer_of(name, folder, **settings):
-    own_settings = dict((CASES | LOW)[name])
+    own_settings = dict(ALL[name])
     family, dtype = own_settings.pop("family", "llama"), own_settings.pop("dtype", torch.float32)
     own, lora = own_settings.pop("own", False), own_settings.pop("lora", False)
     rewards = own_settings.get("loss") == "bradley_terry"
@@ -132,6 +137,17 @@ def run_case(name, folder, **settings):
     (folder / name / f"seen-{rank}.json").write_text(json.dumps(seen))
 
 
+def resume_low(folder, begun, **settings):
+    """The last step of `low`, from the checkpoint that a run in another folder left."""
+    trainer = trainer_of("low", folder / f"from-{begun.name}", **settings)
+    trainer.train(resume_from_checkpoint=str(begun / "low" / "checkpoints" / "step-2"))
+    state = next(iter(trainer.optimizer.state.values()))
+    assert {value.dtype for value in (*trainer.model.parameters(), *state.values())} == {torch.float32}
+    if trainer.args.process_index == 0:
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        (folder / f"from-{begun.name}" / "logs.json").write_text(json.dumps(lines))
+
+
 @contextlib.contextmanager
 def counted(numbers):
     """Within: reduce-scatters are counted; after: their number is at the end of the list."""
@@ -159,37 +175,40 @@ def left(folder, rank=0):
 
 
 @pytest.fixture(scope="session")
-def sharded(tmp_path_factory):
-    """Folder of all cases on two ranks."""
-    folder = tmp_path_factory.mktemp("sharded")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
-    assert "view tensor" not in done.stderr
-    return folder
+def left_of(tmp_path_factory):
+    """case -> folders of all cases of its kind, on two ranks and in this process."""
+
+    @lru_cache
+    def run(names):
+        sharded, alone = (tmp_path_factory.mktemp(kind) / kind for kind in ("sharded", "alone"))
+        for name in names:
+            run_case(name, alone)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [sys.executable, *launcher, __file__, str(sharded), str(alone), *names],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-8000:]
+        assert "view tensor" not in done.stderr
+        return sharded, alone
+
+    return lambda name: run(tuple(n for n in ALL if (n in QUICK) == (name in QUICK)))
 
 
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory):
-    """Folder of the same cases in this process."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name in CASES | LOW:
-        run_case(name, folder)
-    return folder
+def some(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
 def compared(logged):
     return {name: value for name, value in logged.items() if not any(n in name for n in NOT_COMPARED)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_with_shards_train_as_one_process(sharded, alone, name):
+@pytest.mark.parametrize("name", some(CASES))
+def test_two_ranks_with_shards_train_as_one_process(left_of, name):
+    sharded, alone = left_of(name)
     (one, expected), (two, weights), (second, _) = (
         left(alone / name),
         left(sharded / name),
@@ -206,36 +225,51 @@ def test_two_ranks_with_shards_train_as_one_process(sharded, alone, name):
     assert compared(two["before"]) == pytest.approx(compared(one["before"]), rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", LOW)
-def test_low_precision_is_that_of_one_process(sharded, alone, name):
+@pytest.mark.parametrize("name", some(LOW))
+def test_low_precision_is_that_of_one_process(left_of, name):
     """The step-0 check compared the policy, in shards, with its copy that is whole."""
+    sharded, alone = left_of(name)
     (one, _), (two, _) = left(alone / name), left(sharded / name)
     assert two["logs"][0]["loss"] == pytest.approx(one["logs"][0]["loss"], rel=2e-3)
     assert two["logs"][0]["grad_norm"] == pytest.approx(one["logs"][0]["grad_norm"], rel=2e-2)
 
 
-def test_gradients_meet_once_a_step(sharded):
-    # Two layers and what is at the ends: tied, the two ends are one.
-    for name, groups in {"tied": 3, "untied": 4, "coupled": 3, "checkpointed": 3, "lora": 2}.items():
-        seen, _ = left(sharded / name)
-        assert seen["reductions"] == [groups] * 3
+def test_low_precision_goes_on_sharded_or_not_with_the_bits_of_its_shards(left_of):
+    sharded, alone = left_of("low")
+    with pytest.warns(DpoKitWarning, match="weights are fp32 from here on"):
+        resume_low(alone, sharded)
+    for folder, begun in ((alone, sharded), (sharded, alone)):
+        lines = json.loads((folder / f"from-{begun.name}" / "logs.json").read_text())
+        known = [line for line in left(begun / "low")[0]["logs"] if "loss" in line]
+        assert lines[:2] == known[:2]
+        assert lines[2]["loss"] == pytest.approx(known[2]["loss"], rel=5e-3)
 
 
-def test_gradients_can_stay_in_shards_between_micro_batches(sharded):
+# Two layers and what is at the ends: tied, the two ends are one.
+GROUPS = {"tied": 3, "untied": 4, "coupled": 3, "checkpointed": 3, "checkpointed_coupled": 3, "lora": 2}
+
+
+@pytest.mark.parametrize("name", some(GROUPS))
+def test_gradients_meet_once_a_step(left_of, name):
+    seen, _ = left(left_of(name)[0] / name)
+    assert seen["reductions"] == [GROUPS[name]] * 3
+
+
+def test_gradients_can_stay_in_shards_between_micro_batches(left_of):
+    sharded, _ = left_of("each_batch")
     seen = [left(sharded / "each_batch", rank)[0] for rank in (0, 1)]
     most = [max(pair) for pair in zip(*(one["micro_batches"] for one in seen), strict=True)]
     assert seen[0]["reductions"] == [3 * count for count in most]
 
 
-def test_ranks_share_the_filling_by_a_policy_in_shards(sharded, alone):
-    for name in ("cached", "lora_cached"):
-        once, *shares = (
-            left(folder / name, rank)[0]["computed"]
-            for folder, rank in ((alone, 0), (sharded, 0), (sharded, 1))
-        )
-        # The adapter is fresh: its start is known from the run without one.
-        assert (min(shares) > 0) == (name == "cached")
-        assert sum(shares) == once
+@pytest.mark.parametrize("name", some(["cached", "lora_cached"]))
+def test_ranks_share_the_filling_by_a_policy_in_shards(left_of, name):
+    sharded, alone = left_of(name)
+    once, *shares = (
+        left(folder / name, rank)[0]["computed"] for folder, rank in ((alone, 0), (sharded, 0), (sharded, 1))
+    )
+    assert min(shares) > 0
+    assert sum(shares) == once
 
 
 def config(tmp_path, **settings):
@@ -247,6 +281,17 @@ def test_what_does_not_go_is_refused(tmp_path, monkeypatch):
         sharding.check_wrappers(config(tmp_path, fsdp=True))
     with pytest.raises(InputError, match="version: 2"):
         sharding.check_wrappers(config(tmp_path, fsdp=True, fsdp_config={"version": 1}))
+    with pytest.raises(InputError, match="several ranks need the same pairs"):
+        sharding.check_wrappers(config(tmp_path, parallelism_config=ParallelismConfig(tp_size=2)))
+    with monkeypatch.context() as launched:
+        launched.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+        with pytest.raises(InputError, match="several ranks need the same pairs"):
+            sharding.check_wrappers(config(tmp_path))
+    cut = make_model("llama")
+    # As transformers marks what it loads by a tp_plan.
+    cut._tp_size = 2
+    with pytest.raises(InputError, match="tp_plan"):
+        make_trainer(tmp_path, model=cut)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="fsdp_version: 2"):
         sharding.check_wrappers(config(tmp_path))
@@ -277,6 +322,9 @@ def test_the_accelerate_configurations_shard_by_the_second_version(monkeypatch):
 
 
 if __name__ == "__main__":
-    for case in CASES | LOW:
-        run_case(case, Path(sys.argv[1]), fsdp=True)
+    own, other = map(Path, sys.argv[1:3])
+    for case in sys.argv[3:]:
+        run_case(case, own, fsdp=True)
+    if "low" in sys.argv[3:]:
+        resume_low(own, other, fsdp=True)
     torch.distributed.destroy_process_group()

@@ -1,13 +1,16 @@
 """Whole runs from the command line on two ranks: torchrun and accelerate launch, DDP and FSDP2, resumed.
 
-The file is its own script, too: started by torch.distributed.run with a folder it goes on with runs there.
+The file is its own script, too: started by torch.distributed.run with a folder it does a run there, goes on
+with one that was cut short, and begins one that is refused.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from safetensors.torch import load_file
 from tiny_runs import make_world, recipe_of
 
 from dpo_kit.cli import main
+from dpo_kit.ranks import is_first, wait
 from dpo_kit.recipe import Recipe
 from dpo_kit.run import run_recipe
 
@@ -53,6 +57,7 @@ def launch(*command):
     )
 
 
+NEXT = "now the next one"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -63,25 +68,26 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(world, tmp_path_factory):
-    """Folder of the runs `plain` and `start` in one process."""
+    """name -> folder of a variant's run in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    for name in ("plain", "start"):
+
+    @lru_cache
+    def run(name):
         run_recipe(Recipe.load(write_recipe(name, world, folder / name)), say=silent)
-    return folder
+        return folder / name
+
+    return run
 
 
 @pytest.fixture(scope="session")
 def ranks(world, tmp_path_factory):
-    """Folder of `plain` by torchrun, and of a resumed one."""
+    """Folder of `plain` by torchrun, of a resumed one, and of one that is cut short."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = launch(*TORCHRUN, "-m", "dpo_kit", "train", str(write_recipe("plain", world, folder / "plain")))
-    assert done.returncode == 0, done.stderr[-8000:]
-    (folder / "plain.err").write_text(done.stderr)
-    for name in ("two", "one"):
-        cut_short(folder / "plain", folder / name, world)
-    # On two ranks, and then a recipe that is refused.
-    done = launch(*TORCHRUN, __file__, str(folder), str(write_recipe("plain", world, folder / "bad")))
-    (folder / "bad.err").write_text(done.stderr)
+    for name in ("plain", "bad"):
+        write_recipe("plain", world, folder / name)
+    done = launch(*TORCHRUN, __file__, str(folder), str(world))
+    for name, said in zip(("plain", "two", "bad"), done.stderr.split(NEXT), strict=True):
+        (folder / f"{name}.err").write_text(said)
     return folder
 
 
@@ -135,7 +141,7 @@ def check_same(found, expected):
 
 
 def test_a_run_on_two_ranks_leaves_what_one_process_leaves(alone, ranks):
-    found, expected = ranks / "plain", alone / "plain"
+    found, expected = ranks / "plain", alone("plain")
     check_same(found, expected)
     by_rank = {name for name in files_of(found / "run") if "random-1" in name}
     assert files_of(found / "run") - by_rank == files_of(expected / "run")
@@ -152,7 +158,7 @@ def test_a_run_on_two_ranks_leaves_what_one_process_leaves(alone, ranks):
 def test_resume_on_two_ranks_and_on_one(alone, ranks):
     run_recipe(Recipe.load(ranks / "one" / "recipe.yaml"), resume=True, say=silent)
     for name in ("one", "two"):
-        check_same(ranks / name, alone / "plain")
+        check_same(ranks / name, alone("plain"))
 
 
 def test_a_bad_recipe_is_refused_once(ranks):
@@ -162,6 +168,14 @@ def test_a_bad_recipe_is_refused_once(ranks):
     assert "exitcode  : 2" in message
 
 
+def test_what_is_one_process_s_is_refused_to_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        main(["losses"])
+    assert "losses is done by one process" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_accelerate_launch_shards_a_run_with_a_start(alone, world, tmp_path):
     configuration = {
         "compute_environment": "LOCAL_MACHINE",
@@ -177,10 +191,20 @@ def test_accelerate_launch_shards_a_run_with_a_start(alone, world, tmp_path):
         "accelerate.commands.launch", *options, "train", str(write_recipe("start", world, tmp_path))
     )
     assert done.returncode == 0, done.stderr[-8000:]
-    check_same(tmp_path, alone / "start")
+    check_same(tmp_path, alone("start"))
 
 
 if __name__ == "__main__":
-    folder, bad = map(Path, sys.argv[1:])
+    folder, world_folder = map(Path, sys.argv[1:])
+    with contextlib.suppress(SystemExit):
+        main(["train", str(folder / "plain" / "recipe.yaml")])
+    if is_first():
+        for name in ("two", "one"):
+            cut_short(folder / "plain", folder / name, world_folder)
+        print(NEXT, file=sys.stderr)
+    wait()
     run_recipe(Recipe.load(folder / "two" / "recipe.yaml"), resume=True)
-    main(["train", str(bad), f"data.train=[{folder}/nothing.jsonl]"])
+    wait()
+    if is_first():
+        print(NEXT, file=sys.stderr)
+    main(["train", str(folder / "bad" / "recipe.yaml"), f"data.train=[{folder}/nothing.jsonl]"])

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dpo_kit.comparison.runs import Run, runs_of
 from dpo_kit.errors import DivergedError, DpoKitError
@@ -33,6 +32,7 @@ from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import digest_recipe, flat_keys, write_text
 from dpo_kit.shown_text import visible, without_secrets
 from dpo_kit.start import make_start, started
+from dpo_kit.yaml_file import read_yaml
 
 # Where a run that stopped at a loss that is not finite says so: that is a result, and is not tried again.
 DIVERGED_FILE = "diverged.json"
@@ -207,7 +207,7 @@ def _written_recipe(folder: Path) -> dict[str, Any] | None:
     """What a run wrote of its recipe; where it ended before that, what it was given."""
     for place in (folder / "recipe.yaml", folder.with_name(f"{folder.name}.yaml")):
         if place.exists():
-            return dict(yaml.safe_load(place.read_text(encoding="utf-8")))
+            return read_yaml(place)[0]
     return None
 
 

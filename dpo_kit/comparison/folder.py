@@ -18,6 +18,7 @@ from dpo_kit.comparison.runs import Run
 from dpo_kit.errors import InputError
 from dpo_kit.recipe import Recipe
 from dpo_kit.run_folder import flat_keys, write_text
+from dpo_kit.yaml_file import read_yaml
 
 SOURCES_FILE = "sources.json"
 
@@ -34,7 +35,7 @@ def open_folder(folder: Path, recipe: Recipe, runs: Sequence[Run]) -> None:
     resolved = recipe.resolved(recipe.training_config())
     place = folder / "recipe.yaml"
     if place.exists():
-        before = flat_keys(yaml.safe_load(place.read_text(encoding="utf-8")))
+        before = flat_keys(read_yaml(place)[0])
         now = flat_keys(json.loads(json.dumps(resolved)))
         for key in sorted(before.keys() | now.keys()):
             if key.startswith(tuple(f"{free}." for free in _FREE)) or key in _FREE:

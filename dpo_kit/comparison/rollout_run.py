@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -37,6 +36,7 @@ from dpo_kit.run_folder import digest_recipe, peak_memory_bytes
 from dpo_kit.run_output import RunResult, close_run, finished_run, open_folder, write_origin
 from dpo_kit.start import check_start, make_start, started
 from dpo_kit.texts import Prompt
+from dpo_kit.yaml_file import read_yaml
 
 # What a run starts from; the next one in the folder may start from it too.
 _SHARED = ("sft", "pairs", "reward_model")
@@ -274,7 +274,7 @@ def _is_of_another(folder: Path, resolved: dict[str, Any]) -> bool:
     written = folder / "recipe.yaml"
     if not written.exists():
         return False
-    return digest_recipe(yaml.safe_load(written.read_text(encoding="utf-8"))) != digest_recipe(resolved)
+    return digest_recipe(read_yaml(written)[0]) != digest_recipe(resolved)
 
 
 def _put_own_aside(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpo_kit import ranks
+from dpo_kit.adapter_kinds import check_leaves_base
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import active_adapters, adapter_tensors, model_key, trained_base_parameters
 from dpo_kit.models import unwrap
@@ -135,7 +136,7 @@ def _in_memory(
 def _check_base_stays(policy: nn.Module) -> None:
     """Raises InputError where a policy without its adapter would change in training."""
     check_has_adapters(policy)
-    for config in unwrap(policy).peft_config.values():  # type: ignore[union-attr, operator]
+    for config in unwrap(policy).peft_config.values():  # type: ignore[operator]
         check_leaves_base(config, field="reference.mode")
     if trained := trained_base_parameters(policy):
         more = f" and {len(trained) - 3} more" if len(trained) > 3 else ""

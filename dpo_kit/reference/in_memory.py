@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dpo_kit.adapters import check_leaves_base, read_config
+from dpo_kit.adapter_kinds import check_leaves_base
+from dpo_kit.adapters import read_config
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import active_adapters
 from dpo_kit.logprob import HeadInputs
