@@ -131,6 +131,14 @@ class PreferenceConfig(TrainingArguments):
                 field="train.auto_find_batch_size",
                 mend="Lower tokens_per_micro_batch instead: memory falls and the step stays.",
             )
+        settings: Any = self.accelerator_config
+        accumulated = (settings.gradient_accumulation_kwargs or {}).get("num_steps", 1)
+        if accumulated != 1:
+            raise InputError(
+                f"a step would be of {accumulated} times as many pairs",
+                field="train.accelerator_config.gradient_accumulation_kwargs.num_steps",
+                mend="Leave it out: a step is batch_size pairs, however they are cut.",
+            )
         self._settle_batch_size()
         tokens = self.tokens_per_micro_batch
         if tokens != "auto" and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
@@ -140,6 +148,12 @@ class PreferenceConfig(TrainingArguments):
         if self.dataloader_num_workers < 0:
             raise InputError(
                 f"expected 0 or more, got {self.dataloader_num_workers}", field="train.dataloader_num_workers"
+            )
+        if self.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            raise InputError(
+                "a pair has no one length to sort by, and pairs are dealt to ranks by their work as it is",
+                field="train.train_sampling_strategy",
+                mend="Leave it out, or set sequential.",
             )
         if self.group_by_prompt and self.train_sampling_strategy != "random":
             raise InputError(

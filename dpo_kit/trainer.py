@@ -303,8 +303,7 @@ class PreferenceTrainer(TrainingLoop):
     ) -> DataLoader:
         """As transformers has it, but the rows of a step are dealt by `RankBatches`, not by accelerate."""
         args = self.args
-        rebalanced = is_training and args.train_sampling_strategy == "batch_rebalance"
-        if rebalanced or not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset):
             return super()._get_dataloader(
                 dataset, description, batch_size, sampler_fn, is_training, dataloader_key
             )

@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoConfig, Trainer
 
 from dpo_kit.dealing import PromptGroups, TokenRows, mismatched_partners
+from dpo_kit.errors import InputError
 from dpo_kit.examples import example_of
 from dpo_kit.packing import pack_tree
 from dpo_kit.pairs import load_pairs
@@ -275,6 +276,17 @@ def test_one_process_takes_its_rows_as_transformers_and_accelerate_would(setting
         assert orders[0] == orders[1]
     held_out = [f"pairs:{i}" for i in range(10)]
     assert sources_of(trainer.get_eval_dataloader()) == [held_out[:4], held_out[4:8], held_out[8:]]
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_strategies_that_sort_by_a_length_are_refused(strategy, tmp_path):
+    with pytest.raises(InputError, match="a pair has no one length"):
+        make_trainer(tmp_path, train_sampling_strategy=strategy)
+
+
+def test_accumulating_beside_the_batch_size_is_refused(tmp_path):
+    with pytest.raises(InputError, match="a step would be of 4 times as many pairs"):
+        make_trainer(tmp_path, accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 4}})
 
 
 def test_the_order_is_the_settings_alone(tmp_path):
