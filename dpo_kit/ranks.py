@@ -6,6 +6,7 @@ not said here (accelerate, and the loop).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -50,7 +51,15 @@ def first_only(say: Callable[[str], None]) -> Callable[[str], None]:
 @lru_cache(maxsize=1)
 def _patient_group(default: object) -> object:
     """A group for waiting: with NCCL's clock, an hour of work on one rank would end the others."""
+    # A thread of gloo that is still there when Python ends has the process aborted.
+    atexit.register(_leave)
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def _leave() -> None:
+    _patient_group.cache_clear()
+    if _in_group():
+        dist.destroy_process_group()
 
 
 def _group() -> dist.ProcessGroup:

@@ -26,7 +26,10 @@ from dpo_kit.checkpoint_folders import newest_checkpoint
 from dpo_kit.checkpoint_states import load_optimizer
 from dpo_kit.errors import DpoKitWarning, InputError, TrainingError
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning", "ignore::FutureWarning"),
+]
 
 STEPS, AT = 4, 2
 # By name: whether the policy is sharded, whether it has an adapter, and whose checkpoint it goes on from.

@@ -101,7 +101,7 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before_it(disk, uninterr
     trainer.add_callback(FillAt(disk, 3, leaving))
     message = (
         r"disk/checkpoints: the checkpoint of step 4 could not be written: No space left on device "
-        r"\([\d.]+ of 4\.2 MB are free there\); step-2, the newest one, is kept\. Make room"
+        r"\([\d.]+ of 4\.2 MB are free there\); step-2, the newest one, is kept\. Mend that"
     )
     with pytest.raises(TrainingError, match=message):
         trainer.train()
