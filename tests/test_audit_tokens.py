@@ -293,6 +293,7 @@ def test_held_out_rows_are_not_counted(tmp_path, bytewise):
 @pytest.mark.skipif(
     not (HH.exists() and GPT2.exists()), reason="HH or GPT-2's vocabulary is not in ../shared/data"
 )
+@pytest.mark.slow
 def test_hh_in_gpt2s_vocabulary():
     audit = inspect_pairs(HH, tokenizer=GPT2)
     tokens = audit.figures["tokens"]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_its_page(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "data.py", "--pairs", "300", "--out", tmp_path]
     subprocess.run(command, check=True, capture_output=True)

@@ -58,10 +58,10 @@ def _threads_kept():
     "changes",
     [
         {},
-        {"dtype": "bf16"},
+        pytest.param({"dtype": "bf16"}, marks=pytest.mark.slow),
         {"weights": "bf16", "dtype": "bf16"},
-        {"reference": "precomputed"},
-        {"order": "sorted", "work": "fixed-6-4", "warmup_steps": 1},
+        pytest.param({"reference": "precomputed"}, marks=pytest.mark.slow),
+        pytest.param({"order": "sorted", "work": "fixed-6-4", "warmup_steps": 1}, marks=pytest.mark.slow),
         {"replies": 3, "pairs": 6, "batch_size": 3, "work": "tldr", "tokens_per_micro_batch": 400},
     ],
     ids=str,

@@ -183,6 +183,7 @@ make_pairs(Recipe.check(json.loads(sys.argv[1])), Path(sys.argv[2]), say)
 """
 
 
+@pytest.mark.slow
 def test_pairs_made_after_a_kill_are_those_of_a_run_that_was_not_killed(tmp_path, policy):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     recipe = make_recipe(tmp_path, policy, tmp_path / "texts.txt", prefix_tokens=[2, 8])

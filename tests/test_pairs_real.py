@@ -188,5 +188,6 @@ def test_pandalm_by_shares() -> None:
     assert sum(pair.get("weight", 1.0) == 0.5 for pair in tied) == 2 * 103
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_preference_data_is_refused_with_its_columns() -> None:
     assert "no known format has these columns" in str(error_of(DATA / "gpt2-tokenizer" / "vocab.json"))

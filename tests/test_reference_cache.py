@@ -382,6 +382,7 @@ def test_a_sequence_takes_about_24_bytes(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 30 * 100_000
 
 
+@pytest.mark.slow
 def test_two_million_sequences_are_read_in_seconds(tmp_path):
     store = ModelStore(tmp_path)
     for seed in range(4):

@@ -113,6 +113,7 @@ def test_polar_words_carry_the_sign_of_their_list_and_all_others_none(grammar: A
                 assert reward(parts[0]) * (1 if name[-1] == "+" else -1) > 0, (name, parts)
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_shipped_files(tmp_path: Path) -> None:
     command = [sys.executable, str(DATA / "make_small_world.py"), "--out", str(tmp_path / "again")]
     subprocess.run(command, check=True, timeout=60, capture_output=True)
