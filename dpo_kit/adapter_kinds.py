@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import InputError, nearest
 
 # Kinds that were measured to be right here, with peft 0.21: token trees and padded rows give the log-probs of
 # separate sequences, training mode those of eval mode, the reference's key changes with every trained number,
@@ -121,7 +120,7 @@ def check_names(config: Any, model: nn.Module) -> None:
             raise InputError(
                 f"the model has none of that name: {', '.join(lost)}",
                 field=f"model.lora.{field}",
-                mend=nearest(lost[0], {name for name in last if not name.isdigit()}),
+                mend=nearest(lost[0], sorted(name for name in last if not name.isdigit())),
             )
 
 
@@ -162,9 +161,3 @@ def check_kind(kind: str, config_class: Any, *, field: str, file: str | Path | N
 
 def _kind(config: Any) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
-
-
-def nearest(key: str, known: Any) -> str:
-    """What to tell who wrote a key that is not known."""
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."

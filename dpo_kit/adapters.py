@@ -25,8 +25,9 @@ from dpo_kit.adapter_folders import (
     trained_quantization,
     unusable,
 )
-from dpo_kit.adapter_kinds import SUPPORTED, check_kind, check_new, check_supported, nearest
-from dpo_kit.errors import DpoKitWarning, InputError
+from dpo_kit.adapter_kinds import SUPPORTED, check_kind, check_new, check_supported
+from dpo_kit.errors import DpoKitWarning, InputError, nearest
+from dpo_kit.quantised import quantised_layers
 
 # By whether a reward model is trained.
 _TASKS = {True: REWARD_TASK, False: "CAUSAL_LM"}
@@ -58,7 +59,7 @@ def new_adapter(
         raise InputError("no peft_type", field=field, mend="Say which kind, e.g. peft_type: LOHA.")
     kind = str(given.pop("peft_type")).upper()
     if kind not in kinds:
-        mend = nearest(kind, kinds.keys() & SUPPORTED)
+        mend = nearest(kind, sorted(kinds.keys() & SUPPORTED))
         raise InputError(f"peft has no '{kind}'", field=f"{field}.peft_type", mend=mend)
     made = kinds[kind]
     check_kind(kind, made, field=f"{field}.peft_type")
@@ -68,7 +69,7 @@ def new_adapter(
     known = {each.name for each in dataclasses.fields(made) if each.init} - {"peft_type"}
     for name in given:
         if name not in known:
-            raise InputError("unknown key", field=f"{field}.{name}", mend=nearest(str(name), known))
+            raise InputError("unknown key", field=f"{field}.{name}", mend=nearest(str(name), sorted(known)))
     try:
         config = made(**({"task_type": _TASKS[rewards]} | given))
     except (TypeError, ValueError, ImportError) as error:
@@ -132,7 +133,7 @@ def put_adapter(
     for warning in told:
         if "missing adapter keys" in str(warning.message):
             raise unusable(f"the adapter is not whole: {str(warning.message)[:200]}", folder)
-    if not (as_trained or _is_quantised(model)) and (bits := trained_quantization(folder)):
+    if not (as_trained or quantised_layers(model)) and (bits := trained_quantization(folder)):
         message = (
             f"{folder}: the adapter was trained on a base in {bits}, and is put on the whole one, on which "
         )
@@ -228,10 +229,6 @@ def check_trains(model: nn.Module) -> None:
             mend="Name its folder as model.adapter, or load it with PeftModel.from_pretrained(base, folder, "
             "is_trainable=True).",
         )
-
-
-def _is_quantised(model: nn.Module) -> bool:
-    return any(type(module).__module__.startswith("bitsandbytes") for module in model.modules())
 
 
 def _require_peft(field: str) -> None:

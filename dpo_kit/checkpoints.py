@@ -91,7 +91,8 @@ class Counts:
 
     def over_ranks(self) -> Counts:
         """Of all ranks together, on all ranks."""
-        summed = {name: sum(ranks.gather(getattr(self, name))) for name in _SUMMED}
+        counted = ranks.gather([getattr(self, name) for name in _SUMMED])
+        summed: dict[str, Any] = dict(zip(_SUMMED, map(sum, zip(*counted, strict=True)), strict=True))
         return replace(self, **summed)
 
     def share(self) -> Counts:

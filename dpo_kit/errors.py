@@ -6,6 +6,8 @@ A `TrainingError` is a run that failed (exit status 1).
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 from dpo_kit.shown_text import without_secrets
@@ -79,3 +81,9 @@ class InputError(DpoKitError):
             parts.append(f"field '{self.field}'")
         message = ": ".join([*parts, self.problem])
         return without_secrets(f"{message.rstrip('.')}. {self.mend}" if self.mend else message)
+
+
+def nearest(name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """What to tell who wrote an unknown name: which may be meant, or else `otherwise`, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean '{close[0]}'?" if close else otherwise or f"Known: {', '.join(known)}."

@@ -61,14 +61,12 @@ class NonFinite:
 
     Attributes:
         in_a_row: steps that were left out until now.
-        skipped: all of them, in this process.
     """
 
     folder: Path
     skip: bool
     most: int
     in_a_row: int = field(default=0, init=False)
-    skipped: int = field(default=0, init=False)
 
     def finite(self) -> None:
         """A step was well."""
@@ -106,7 +104,6 @@ class NonFinite:
                 f"The newest checkpoint is kept. {about}"
             )
         self.in_a_row += 1
-        self.skipped += 1
         warnings.warn(f"{said}: the step is left out. {about}", DpoKitWarning, stacklevel=2)
 
 

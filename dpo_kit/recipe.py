@@ -7,7 +7,6 @@ error names file, line and key.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import types
 import typing
@@ -19,7 +18,7 @@ import torch
 from pydantic import Field, PydanticUserError, TypeAdapter, ValidationError
 
 from dpo_kit.config import PreferenceConfig, bf16_is_fast
-from dpo_kit.errors import InputError
+from dpo_kit.errors import InputError, nearest
 from dpo_kit.losses import make_objective
 from dpo_kit.pairs import LoadOptions
 from dpo_kit.quantised import quantization_config, quantization_fields
@@ -382,9 +381,5 @@ def _line(key: str, lines: dict[str, int | None]) -> int | None:
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    if close:
-        return f"Did you mean '{close[0]}'?"
-    return (
-        f"Known: {', '.join(sorted(known))}." if len(known) <= 20 else "See PreferenceConfig for its fields."
-    )
+    many = "See PreferenceConfig for its fields." if len(known) > 20 else None
+    return nearest(key, sorted(known), many)

@@ -8,7 +8,6 @@ What TRL's loop does not do, and is not added: clip gradients, save checkpoints,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import gc
 import typing
 import warnings
@@ -28,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dpo_kit.comparison.cost_meter import CostMeter
 from dpo_kit.comparison.ppo_models import Normalised, TextReward
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import InputError
+from dpo_kit.errors import InputError, nearest
 
 with warnings.catch_warnings():
     # TRL says that its experimental part may change; the version is fixed in pyproject.toml for that.
@@ -79,8 +78,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         field = f"ppo.settings.{key}"
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            mend = f"Did you mean '{near[0]}'?" if near else "See PPOConfig of trl.experimental.ppo."
+            mend = nearest(key, sorted(known), "See PPOConfig of trl.experimental.ppo.")
             raise InputError("unknown key", field=field, mend=mend)
         if key in _BY_RECIPE:
             raise InputError("this is not set here", field=field, mend=f"Set {_BY_RECIPE[key]} instead.")

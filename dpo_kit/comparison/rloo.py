@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from dpo_kit.comparison.cost_meter import CostMeter
 from dpo_kit.config import PreferenceConfig
-from dpo_kit.errors import DivergedError, InputError
+from dpo_kit.errors import DivergedError, InputError, nearest
 
 _FIXED = {
     "output_dir": "set ppo.output_dir",
@@ -64,8 +63,7 @@ def make_config(settings: dict[str, Any], train: PreferenceConfig, reply_tokens:
         if key in _FIXED:
             raise InputError(f"this cannot be set: {_FIXED[key]}", field=field, mend="Leave it out.")
         if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            mend = f"Did you mean '{near[0]}'?" if near else "See trl's RLOOConfig for its fields."
+            mend = nearest(key, sorted(known), "See trl's RLOOConfig for its fields.")
             raise InputError("unknown key", field=field, mend=mend)
     fixed = {name: getattr(train, name) for name in ("output_dir", "seed", "bf16", "fp16", "use_cpu")}
     fixed |= {"gradient_checkpointing": bool(train.gradient_checkpointing), "disable_tqdm": True}

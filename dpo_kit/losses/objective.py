@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import InputError, nearest
 from dpo_kit.losses.inputs import LogProbs
-from dpo_kit.losses.registry import LossSpec, get_loss, loss_names, nearest
+from dpo_kit.losses.registry import LossSpec, get_loss, loss_names
 from dpo_kit.shapes import Shape
 
 _ROWS_AT_ONCE = 10_000

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from dpo_kit.errors import InputError
+from dpo_kit.errors import InputError, nearest
 from dpo_kit.losses.inputs import Shape
 
 LossFunction = Callable[..., Tensor]
@@ -159,9 +158,3 @@ def get_loss(name: str) -> LossSpec:
     if name not in _LOSSES:
         raise InputError(f"unknown loss '{name}'", field="loss.name", mend=nearest(name, loss_names()))
     return _LOSSES[name]
-
-
-def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """Says which known name may be meant, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."

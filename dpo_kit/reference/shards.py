@@ -22,6 +22,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from dpo_kit.disk import sync_folder
 from dpo_kit.errors import InputError
 from dpo_kit.fingerprint import FORMAT_VERSION
 
@@ -124,17 +125,7 @@ def write_file(path: Path, content: bytes) -> None:
             mend="Name a folder that can be written and has room, or set reference.mode to live; "
             "`dpo-kit cache prune` makes room.",
         ) from error
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Not every file system can; the file is whole either way."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def read_shard(path: Path) -> Shard:
